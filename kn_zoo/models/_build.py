@@ -1,0 +1,82 @@
+"""How an entry point becomes a model: the one call of timm's builder, and default cfgs from the manifest."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, load_state_dict
+from torch import nn
+
+from kn_zoo import manifest, weights
+
+StateDict = dict[str, torch.Tensor]
+
+
+def build(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    pretrained_filter_fn: Callable[[StateDict, nn.Module], StateDict] | None = None,
+    feature_cfg: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build `variant` as timm does, with its weights checked before timm reads a tensor of them.
+
+    `features_only=True` takes the maps from `forward_intermediates`, so that features, intermediates and
+    `forward` are one code path.
+    """
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    if pretrained:
+        overlay = weights.checked_source(
+            variant, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")
+        )
+        overlay = _read_pickle(overlay)
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=pretrained_filter_fn,
+        feature_cfg=dict(feature_cls="getter", **(feature_cfg or {})),
+        **kwargs,
+    )
+    model.pretrained_cfg.pop(
+        "state_dict", None
+    )  # a model must not keep a second copy of its weights
+    return model
+
+
+def _read_pickle(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Replace a torch pickle named by `file` by its tensors, without running what a pickle can run.
+
+    timm of older releases unpickles a `file` in full. The paper's checkpoints hold an argparse.Namespace beside the
+    tensors: that one class is allowed, nothing else.
+    """
+    file = str((overlay or {}).get("file") or "")
+    if not file or file.endswith(".safetensors"):
+        return overlay
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return dict(overlay or {}, state_dict=load_state_dict(file, weights_only=True))
+
+
+def cfgs(
+    architecture: str, last_map: Callable[[int], int], **defaults: Any
+) -> dict[str, dict[str, Any]]:
+    """timm default cfgs of one architecture and all its weights in the manifest.
+
+    `last_map` gives the side of the last feature map for an input side, both in pixels.
+    """
+    found = manifest.pretrained_cfgs(architecture, **defaults)
+    for cfg in found.values():
+        cfg["pool_size"] = tuple(last_map(side) for side in cfg["input_size"][1:])
+    return found
+
+
+def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Stochastic depth's rates, one list a stage: from 0 at the first block linearly to `last` at the last."""
+    rates = torch.linspace(
+        0, last, sum(depths), device="cpu"
+    )  # "cpu": a meta device context has no values
+    return [stage.tolist() for stage in rates.split(depths)]
