@@ -1,0 +1,65 @@
+"""The mathematics of kernel normalization: moments of a unit, from moments of a pixel.
+
+A *unit* is every channel of one kh x kw window: n = C * kh * kw numbers. Its mean and variance
+follow from one-channel maps, so no window is ever unfolded:
+
+    m, v  = mean and variance over the channels of a pixel           (channel_moments, one pass)
+    mu    = box(m)                                                   box: mean over a window
+    var   = box(v + (m - pivot)^2) - (mu - pivot)^2                  for any pivot
+
+The two squares cancel badly when |mean| >> std, hence the pivot: each image's own mean. Zero
+padding belongs to the unit: out there m = v = 0. The variance is biased (divided by n).
+
+Under dropout with probability p the statistics are those of x * keep / (1 - p). For inference
+their expectation over the mask is `expected_variance`; the expected mean is the plain one.
+
+Source: Nasirigerdeh et al., Kernel Normalized Convolutional Networks, TMLR 2024, arXiv 2205.10089.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unit_moments(
+    mean: Tensor,
+    var: Tensor,
+    pivot: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Mean minus `pivot`, and variance, of every unit: two maps (N, 1, H', W').
+
+    `mean`, `var`: moments over the channels of each pixel (N, 1, H, W); `pivot` (N, 1, 1, 1);
+    `padding`: left, right, top, bottom.
+    """
+    if max(padding) > 0:
+        mean, var = F.pad(mean, padding), F.pad(var, padding)
+    deviation = mean - pivot
+    mu = box_mean(deviation, kernel_size, stride, dilation)
+    square = box_mean(var + deviation * deviation, kernel_size, stride, dilation)
+    return mu, (square - mu * mu).clamp_min(0.0)
+
+
+def box_mean(
+    maps: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
+) -> Tensor:
+    """Mean over each window of a one-channel map: (N, 1, H, W) -> (N, 1, H', W')."""
+    if kernel_size[0] == 1 and kernel_size[1] == 1:
+        return maps[:, :, :: stride[0], :: stride[1]]
+    if dilation[0] == 1 and dilation[1] == 1:
+        return F.avg_pool2d(maps, kernel_size, stride)
+    height = (maps.shape[2] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    width = (maps.shape[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    windows = F.unfold(maps, kernel_size, dilation, [0, 0], stride)  # (N, kh*kw, H'*W')
+    return windows.mean(1, keepdim=True).unflatten(2, [height, width])
+
+
+def expected_variance(mu: Tensor, var: Tensor, p: float, n: int) -> Tensor:
+    """Expectation over dropout masks of the variance of units of n numbers.
+
+    `mu`, `var`: the units' plain mean and variance. Nothing cancels in this form.
+    """
+    square = mu * mu
+    return (var + p * (square - (var + square) / n)).clamp_min(0.0) / (1.0 - p)
