@@ -1,6 +1,7 @@
 """The networks; importing them registers their entry points with timm."""
 
-from . import knpreactresnet
+from . import knpreactresnet, knresnet
 from .knpreactresnet import PreActResNet
+from .knresnet import KNResNet
 
-__all__ = ["PreActResNet", "knpreactresnet"]
+__all__ = ["KNResNet", "PreActResNet", "knpreactresnet", "knresnet"]

@@ -1,7 +1,7 @@
 """What the networks of the zoo share: stem, stages, norm, head, behind timm's model interface."""
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import ClassifierHead, get_act_layer, register_notrace_function
@@ -9,7 +9,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-ActLayer = Union[str, type[nn.Module]]
+ActLayer = str | type[nn.Module]
 Features = list[dict[str, Any]]
 
 
@@ -19,7 +19,8 @@ def check_size(x: Tensor, minimum: int) -> Tensor:
     height, width = x.shape[-2], x.shape[-1]
     if height < minimum or width < minimum:
         raise ValueError(
-            f"input of {height}x{width} pixels is too small: enlarge it to at least {minimum}x{minimum}"
+            f"input of {height}x{width} pixels is too small: "
+            f"enlarge it to at least {minimum}x{minimum}"
         )
     return x
 
@@ -38,12 +39,39 @@ def activation(act_layer: ActLayer) -> type[nn.Module]:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Kaiming normal (fan out, ReLU) for convolutions, zero for their biases; the rest keeps PyTorch's."""
+    """Kaiming normal (fan out, ReLU) for convolutions, zero biases: as in the published code."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
+class Scale(NamedTuple):
+    """How a stage comes to its resolution: by stride 2, or by dilation in its place."""
+
+    stride: int
+    first_dilation: int  # of the layers up to the one that would stride
+    dilation: int  # of the layers after it
+    reduction: int  # input pixels a pixel
+
+
+def scales(reduction: int, stages: int, output_stride: int) -> list[Scale]:
+    """Halve the resolution before each stage but the first, as far as `output_stride` allows.
+
+    Where it stops, dilation doubles instead: the values of the network that strides are then found
+    at every second pixel, every fourth, and so on.
+    """
+    if output_stride < reduction or output_stride & (output_stride - 1):
+        raise ValueError(f"output_stride={output_stride}: use a power of two from {reduction} up")
+    found = [Scale(1, 1, 1, reduction)]
+    while len(found) < stages:
+        dilation, reduction = found[-1].dilation, found[-1].reduction
+        if reduction < output_stride:
+            found.append(Scale(2, dilation, dilation, 2 * reduction))
+        else:
+            found.append(Scale(1, dilation, 2 * dilation, reduction))
+    return found
 
 
 class Stage(nn.Module):
@@ -65,8 +93,9 @@ class Stage(nn.Module):
 class StagedNetwork(nn.Module):
     """stem -> pool -> stages -> neck -> norm -> head.
 
-    `feature_info` lists one map a resolution: the stem's, if a pool follows it, and each stage's. A map is taken
-    before the next stage's downsampling, so that it is the last of its resolution.
+    `feature_info` lists one map a resolution: the stem's, if a pool follows it, and each stage's. A
+    map is taken before the next stage's downsampling, so that it is the last of its resolution.
+    `min_size` is the smallest input side, in pixels, for the stages, `neck_min_size` for the neck.
     """
 
     def __init__(
@@ -82,11 +111,13 @@ class StagedNetwork(nn.Module):
         min_size: int,
         pool: nn.Module | None = None,
         neck: nn.Module | None = None,
+        neck_min_size: int = 0,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.min_size = min_size
+        self.neck_min_size = max(min_size, neck_min_size)
         self.feature_info = feature_info
         self.stem_maps = len(feature_info) - len(stages)  # 1 if the stem's map is a feature, else 0
 
@@ -156,7 +187,7 @@ class StagedNetwork(nn.Module):
         first = self.stem_maps
         take_indices, max_index = feature_take_indices(first + len(self.stages), indices)
 
-        x = self.stem(check_size(x, self.min_size))
+        x = self.stem(check_size(x, self.min_size if intermediates_only else self.neck_min_size))
         if first == 1 and 0 in take_indices:
             intermediates.append(x)
         x = self.pool(x)
@@ -189,6 +220,7 @@ class StagedNetwork(nn.Module):
             self.norm = nn.Identity()
         if prune_norm or prune_head or ends_early:  # the neck exists for the head
             self.neck = nn.Identity()
+            self.neck_min_size = self.min_size
             self._set_widths(self.feature_info[max_index]["num_chs"])
         if prune_head or ends_early:
             self.reset_classifier(0, "")
@@ -196,7 +228,7 @@ class StagedNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to normalized, activated maps (N, num_features, h, w)."""
-        x = self.stem(check_size(x, self.min_size))
+        x = self.stem(check_size(x, self.neck_min_size))
         x = self.stages(self.pool(x))
         return self.norm(self.neck(x))
 
@@ -211,7 +243,6 @@ class StagedNetwork(nn.Module):
 def classifier_head(
     num_features: int, num_classes: int, global_pool: str, drop_rate: float, dd: dict[str, Any]
 ) -> ClassifierHead:
-    """timm's pooling, dropout and linear layer; `.to`, because only newer timm takes a device there."""
-    return ClassifierHead(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate).to(
-        **dd
-    )
+    """timm's pooling, dropout and linear layer."""
+    head = ClassifierHead(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+    return head.to(**dd)  # only newer timm takes a device in the constructor

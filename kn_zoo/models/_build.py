@@ -1,4 +1,4 @@
-"""How an entry point becomes a model: the one call of timm's builder, and default cfgs from the manifest."""
+"""From an entry point to a model: timm's builder, and its default cfgs from the manifest."""
 
 import argparse
 from collections.abc import Callable
@@ -9,6 +9,25 @@ from timm.models import build_model_with_cfg, load_state_dict
 from torch import nn
 
 from kn_zoo import manifest, weights
+
+IMAGENET = dict(
+    input_size=(3, 224, 224),
+    num_classes=1000,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bilinear",
+    crop_pct=0.875,
+)
+# Kernel-normalized networks see small images in [0, 1], without mean and deviation.
+CIFAR = dict(
+    input_size=(3, 32, 32),
+    num_classes=100,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    interpolation="bilinear",
+    crop_pct=1.0,
+)
+CIFAR_MEAN_STD = dict(CIFAR, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 StateDict = dict[str, torch.Tensor]
 
@@ -22,10 +41,9 @@ def build(
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build `variant` as timm does, with its weights checked before timm reads a tensor of them.
+    """Build `variant` as timm does, with its weights checked before a tensor of them is read.
 
-    `features_only=True` takes the maps from `forward_intermediates`, so that features, intermediates and
-    `forward` are one code path.
+    `features_only=True` takes its maps from `forward_intermediates`: one code path for both.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
@@ -51,8 +69,8 @@ def build(
 def _read_pickle(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
     """Replace a torch pickle named by `file` by its tensors, without running what a pickle can run.
 
-    timm of older releases unpickles a `file` in full. The paper's checkpoints hold an argparse.Namespace beside the
-    tensors: that one class is allowed, nothing else.
+    timm of older releases unpickles a `file` in full. The paper's checkpoints hold an
+    argparse.Namespace beside the tensors: that one class is allowed, nothing else.
     """
     file = str((overlay or {}).get("file") or "")
     if not file or file.endswith(".safetensors"):
@@ -75,8 +93,7 @@ def cfgs(
 
 
 def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Stochastic depth's rates, one list a stage: from 0 at the first block linearly to `last` at the last."""
-    rates = torch.linspace(
-        0, last, sum(depths), device="cpu"
-    )  # "cpu": a meta device context has no values
+    """Stochastic depth's rates, a list a stage: 0 at the first block, `last` at the last."""
+    # "cpu", because under a meta device context a tensor has no values.
+    rates = torch.linspace(0, last, sum(depths), device="cpu")
     return [stage.tolist() for stage in rates.split(depths)]

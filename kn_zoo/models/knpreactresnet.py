@@ -1,7 +1,8 @@
-"""Pre-activation ResNets: kernel-normalized, and with batch, group, layer or no normalization to compare with.
+"""Pre-activation ResNets: kernel-normalized, and with batch, group, layer or no normalization.
 
-In a KN-PreActResNet each norm + activation + convolution of a PreAct ResNet (He et al., Identity Mappings in Deep
-Residual Networks, 2016) becomes activation + KNConv2d; a KernelNorm of single pixels stands before the head.
+In a KN-PreActResNet each norm + activation + convolution of a PreAct ResNet (He et al., Identity
+Mappings in Deep Residual Networks, 2016) becomes activation + KNConv2d; a KernelNorm of single
+pixels stands before the head.
 """
 
 import re
@@ -15,17 +16,35 @@ from torch import Tensor, nn
 
 from kn_zoo.layers import KernelNorm2d, KNConv2d
 
-from ._base import ActLayer, Stage, StagedNetwork, activation, classifier_head, init_weights
-from ._build import StateDict, build, cfgs, drop_path_rates
+from ._base import (
+    ActLayer,
+    Scale,
+    Stage,
+    StagedNetwork,
+    activation,
+    classifier_head,
+    init_weights,
+    scales,
+)
+from ._build import (
+    CIFAR,
+    CIFAR_MEAN_STD,
+    IMAGENET,
+    StateDict,
+    build,
+    cfgs,
+    drop_path_rates,
+)
 
 __all__ = ["PreActResNet"]
 
 Norm = Literal["kernel", "batch", "group", "layer", "none"]
+NORMS = ("batch", "group", "layer", "none")  # of the baselines
 Layer = Callable[..., nn.Module]
 
 
 def norm_act(norm: Norm, channels: int, act: type[nn.Module], dd: dict[str, Any]) -> nn.Module:
-    """What stands before a convolution: the norm if it has a layer of its own, and the activation."""
+    """What precedes a convolution: the norm, if it is a layer of its own, and the activation."""
     if norm == "batch":
         return BatchNormAct2d(channels, act_layer=act).to(**dd)
     if norm == "group":  # 32 groups, but never a group of one channel, which would erase it
@@ -36,7 +55,7 @@ def norm_act(norm: Norm, channels: int, act: type[nn.Module], dd: dict[str, Any]
 
 
 class PreActBasic(nn.Module):
-    """Two 3x3 convolutions, each after its activation; the shortcut starts at the activated input."""
+    """Two 3x3 convolutions; a shortcut that convolves starts at the activated input."""
 
     expansion = 1
 
@@ -107,6 +126,9 @@ class PreActBottleneck(nn.Module):
         return self.drop_path(y) + x
 
 
+Block = type[PreActBasic] | type[PreActBottleneck]
+
+
 class PreActResNet(StagedNetwork):
     """Pre-activation ResNet.
 
@@ -116,15 +138,15 @@ class PreActResNet(StagedNetwork):
         widths: channels inside the blocks of each stage.
         small_stem: a 3x3 convolution for low resolution, instead of 7x7 stride 2 and a max pool.
         norm: "kernel", "batch", "group" (32 groups), "layer" (one group) or "none".
-        output_stride: input pixels a pixel of the last map, at most; beyond it stages dilate instead of striding,
-            and every output_stride-th value is that of the strided network.
-        dropout_p: probability of the layers' own dropout, in [0, 1); the last KernelNorm has five times it, up to
-            0.5. For norm="kernel" only, as is `inference_statistics`.
+        output_stride: at most so many input pixels a pixel of the last map; from there on stages
+            dilate instead of striding, and the strided network's values are among theirs.
+        dropout_p: probability of the layers' own dropout, in [0, 1); the last KernelNorm has five
+            times it, up to 0.5. For norm="kernel" only, as is `inference_statistics`.
     """
 
     def __init__(
         self,
-        block: type[PreActBasic] | type[PreActBottleneck],
+        block: Block,
         depths: tuple[int, ...],
         widths: tuple[int, ...] = (64, 128, 256, 512),
         small_stem: bool = False,
@@ -142,65 +164,64 @@ class PreActResNet(StagedNetwork):
         dtype: Any = None,
     ) -> None:
         dd = dict(device=device, dtype=dtype)
-        act = activation(act_layer)
-        pre = partial(norm_act, norm, act=act, dd=dd)
+        statistics = dict(inference_statistics=inference_statistics)
+        pre: Layer = partial(norm_act, norm, act=activation(act_layer), dd=dd)
         if norm == "kernel":
-            statistics = dict(inference_statistics=inference_statistics, **dd)
-            conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics)
-        elif norm in ("batch", "group", "layer", "none"):
+            conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
+        elif norm in NORMS:
             conv = partial(nn.Conv2d, bias=norm == "none", **dd)
         else:
-            raise ValueError(
-                f"unknown norm {norm!r}: use 'kernel', 'batch', 'group', 'layer' or 'none'"
-            )
+            raise ValueError(f"norm={norm!r}: use 'kernel', 'batch', 'group', 'layer' or 'none'")
+        chs = widths[0]
+        if small_stem:
+            stem, pool = conv(in_chans, chs, 3, padding=1), None
+            feature_info = []
+        else:
+            stem = conv(in_chans, chs, 7, stride=2, padding=3)
+            pool = nn.MaxPool2d(3, stride=2, padding=1)
+            feature_info = [dict(num_chs=chs, reduction=2, module="stem")]
 
-        chs, reduction, dilation = widths[0], 1 if small_stem else 4, 1
-        if output_stride < reduction or output_stride & (output_stride - 1):
-            raise ValueError(
-                f"output_stride {output_stride}: use a power of two from {reduction} upward"
-            )
-        feature_info = [] if small_stem else [dict(num_chs=chs, reduction=2, module="stem")]
         stages = []
-        for i, (width, rates) in enumerate(
-            zip(widths, drop_path_rates(drop_path_rate, depths), strict=True)
-        ):
-            stride, before = 1 if i == 0 else 2, dilation
-            if reduction * stride > output_stride:
-                stride, dilation = 1, dilation * stride
-            blocks = []
-            for j, drop in enumerate(rates):
-                dilations = (before if j == 0 else dilation, dilation)
-                blocks.append(
-                    block(chs, width, stride if j == 0 else 1, dilations, conv, pre, drop)
-                )
-                chs = width * block.expansion
-            reduction *= stride
-            stages.append(Stage(blocks))
-            feature_info.append(dict(num_chs=chs, reduction=reduction, module=f"stages.{i}"))
+        rates = drop_path_rates(drop_path_rate, depths)
+        for i, scale in enumerate(scales(1 if small_stem else 4, len(depths), output_stride)):
+            stages.append(_stage(block, chs, widths[i], scale, rates[i], conv, pre))
+            chs = widths[i] * block.expansion
+            info = dict(num_chs=chs, reduction=scale.reduction, module=f"stages.{i}")
+            feature_info.append(info)
 
-        last = pre(chs)
+        norm_layer = pre(chs)
         if norm == "kernel":
-            last = nn.Sequential(
-                KernelNorm2d(1, dropout_p=min(5 * dropout_p, 0.5), **statistics), last
-            )
+            kernel_norm = KernelNorm2d(1, dropout_p=min(5 * dropout_p, 0.5), **statistics)
+            norm_layer = nn.Sequential(kernel_norm, norm_layer)
         super().__init__(
-            stem=conv(in_chans, widths[0], 3, padding=1)
-            if small_stem
-            else conv(in_chans, widths[0], 7, stride=2, padding=3),
-            pool=None if small_stem else nn.MaxPool2d(3, stride=2, padding=1),
+            stem=stem,
+            pool=pool,
             stages=stages,
             feature_info=feature_info,
-            norm=last,
+            norm=norm_layer,
             head=classifier_head(chs, num_classes, global_pool, drop_rate, dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            min_size=_reduction(len(depths), small_stem),
+            min_size=(1 if small_stem else 4) * 2 ** (len(depths) - 1),
         )
         init_weights(self)
 
 
-def _reduction(stages: int, small_stem: bool) -> int:
-    return 2 ** (stages - 1) * (1 if small_stem else 4)
+def _stage(
+    block: Block,
+    in_chs: int,
+    width: int,
+    scale: Scale,
+    rates: list[float],
+    conv: Layer,
+    pre: Layer,
+) -> Stage:
+    """As many blocks as `rates`, the first of which strides."""
+    first, dilation = scale.first_dilation, scale.dilation
+    chs = width * block.expansion
+    blocks = [block(in_chs, width, scale.stride, (first, dilation), conv, pre, rates[0])]
+    blocks += [block(chs, width, 1, (dilation, dilation), conv, pre, rate) for rate in rates[1:]]
+    return Stage(blocks)
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -215,26 +236,6 @@ def _our_name(key: str) -> str:
     key = re.sub(r"^conv1\.", "stem.", key)
     key = re.sub(r"^layer(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
     return re.sub(r"^fc\.", "head.fc.", key.replace(".shortcut.0.", ".shortcut."))
-
-
-IMAGENET = dict(
-    input_size=(3, 224, 224),
-    num_classes=1000,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    interpolation="bilinear",
-    crop_pct=0.875,
-)
-# Kernel-normalized networks see images in [0, 1] without mean and deviation.
-CIFAR = dict(
-    input_size=(3, 32, 32),
-    num_classes=100,
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    interpolation="bilinear",
-    crop_pct=1.0,
-)
-CIFAR_MEAN_STD = dict(CIFAR, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
 def _cfg(architecture: str, reduction: int, **defaults: Any) -> dict[str, dict[str, Any]]:
