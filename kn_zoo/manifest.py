@@ -118,16 +118,17 @@ class Weight:
     model_args: Mapping[str, Any]
     dataset: Dataset
     reported: Reported
-    file: File | None
-    parameters: int
-    flops: int
     preprocessing: Preprocessing
-    bundle: bool
-    hub: Hub | None
-    upstream: Upstream | None
     licenses: Licenses
     recipe: str | None
     seeds: tuple[int, ...]
+    # Taken from the trained model by `kn_zoo.bundle.write`, and from where it is published.
+    parameters: int = 0
+    flops: int = 0
+    file: File | None = None
+    bundle: bool = False
+    hub: Hub | None = None
+    upstream: Upstream | None = None
 
     @property
     def architecture(self) -> str:
@@ -148,7 +149,7 @@ class Weight:
         return self.file is not None and (self.bundle or self.hub is not None)
 
     def pretrained_cfg(self) -> dict[str, Any]:
-        """The fields of timm's ``PretrainedCfg`` that belong to the weight, not its architecture."""
+        """The fields of timm's ``PretrainedCfg`` that belong to the weight."""
         cfg: dict[str, Any] = asdict(self.preprocessing)
         cfg["num_classes"] = self.dataset.num_classes
         cfg["license"] = self.licenses.weights.lower()
@@ -186,7 +187,7 @@ class Weight:
 
 
 def load(path: Path | None = None) -> Mapping[str, Weight]:
-    """All weights by name, in the manifest's order; ``path``: another manifest than the package's."""
+    """All weights by name, in the order of the manifest (the package's own unless given)."""
     return _load(path or PATH)
 
 
@@ -234,23 +235,10 @@ def pretrained_cfgs(architecture: str, **defaults: Any) -> dict[str, dict[str, A
     if default is None:
         return {architecture: defaults}
     weights = [weight for weight in load().values() if weight.architecture == architecture]
-    cfgs = {
-        weight.name: _merge(defaults, weight.pretrained_cfg())
-        for weight in weights
-        if weight != default
-    }
+    cfgs = {w.name: {**defaults, **w.pretrained_cfg()} for w in weights if w != default}
     # timm makes the tag with a star the default, whatever came before it.
-    cfgs[f"{default.name}*"] = _merge(defaults, default.pretrained_cfg())
+    cfgs[f"{default.name}*"] = {**defaults, **default.pretrained_cfg()}
     return cfgs
-
-
-def _merge(defaults: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:
-    merged = {**defaults, **cfg}
-    if tuple(merged["input_size"][1:]) != tuple(
-        defaults.get("input_size", merged["input_size"])[1:]
-    ):
-        merged["pool_size"] = None  # the architecture's holds for the architecture's own input size
-    return merged
 
 
 def write_entry(weight: Weight, path: Path | None = None) -> None:
@@ -269,15 +257,14 @@ def write_entry(weight: Weight, path: Path | None = None) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by new text as a whole: a reader, or a full disk, never meets a part of it."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, delete=False
-    ) as beside:
-        try:
-            beside.write(text)
-            beside.flush()
-            os.fsync(beside.fileno())
-            Path(beside.name).chmod(0o644)
-            os.replace(beside.name, path)
-        except BaseException:
-            os.unlink(beside.name)
-            raise
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)  # mkstemp's own mode hides the file from other users
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise

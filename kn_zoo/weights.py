@@ -68,8 +68,22 @@ def checked_source(
     return {**overlay, "state_dict": tensors, "source": None}
 
 
+def model_args(
+    variant: str,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The arguments that the weight's network was trained with where they differ from the defaults.
+
+    The arguments are those of `checked_source`. For what is the user's own there are none.
+    """
+    overlay = _let_users_source_win(dict(pretrained_cfg_overlay or {}))
+    weight = identify(resolve_pretrained_cfg(variant, pretrained_cfg, overlay))
+    return dict(weight.model_args) if weight else {}
+
+
 def identify(cfg: PretrainedCfg) -> Weight | None:
-    """The manifest's weight that timm would load for a cfg; None for something of the user's own."""
+    """The manifest's weight that timm would load for a cfg; None for what is the user's own."""
     if cfg.source == "hf-hub":
         return _in_repository(cfg.hf_hub_id)
     if cfg.state_dict:

@@ -28,7 +28,7 @@ def kernel_norm(
     if torch.jit.is_scripting():
         mean, var = dense_moments(x, p)
     else:
-        mean, var = pixel_moments(x, p, runs_eagerly(x))
+        mean, var = pixel_moments(x, p, runs_eagerly())
     pivot = mean.mean([2, 3], keepdim=True)
     mu, var = unit_moments(mean, var, pivot, kernel_size, kernel_size, [0, 0, 0, 0], [1, 1])
     if statistics == "expected":

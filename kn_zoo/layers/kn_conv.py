@@ -44,19 +44,26 @@ def kn_conv2d(
         x = x.unsqueeze(0)
     kernel_size = [weight.shape[2], weight.shape[3]]
     check_window(x, kernel_size, padding, dilation)
+    image = x
     if padding[0] != padding[1] or padding[2] != padding[3]:  # convolutions pad symmetrically
         x, padding = F.pad(x, padding), [0, 0, 0, 0]
     p = dropout_p if statistics == "sampled" else 0.0
 
+    eager = False
     if torch.jit.is_scripting():
-        eager = False
         mean, var = dense_moments(x, p)
     else:
-        eager = runs_eagerly(x)
+        eager = runs_eagerly()
         mean, var = pixel_moments(x, p, eager)
-    pivot = mean.mean([2, 3], keepdim=True)
+    pivot = mean.sum([2, 3], keepdim=True) / (image.shape[2] * image.shape[3])
     mu, var = unit_moments(mean, var, pivot, kernel_size, stride, padding, dilation)  # (N,1,H',W')
-    shift = _shift(x, pivot, mu, var, eager) if p == 0.0 else None
+
+    shift: Tensor | None = None
+    if p == 0.0 and x.dtype == torch.float32:  # under dropout the mask's noise is larger by far
+        if torch.jit.is_scripting():
+            shift = _middle_row(image)
+        else:
+            shift = _shift_if_needed(x, pivot, mu, var) if eager else _middle_row(image)
     if statistics == "expected":
         n = x.shape[1] * kernel_size[0] * kernel_size[1]
         var = expected_variance(mu + pivot, var, dropout_p, n)
@@ -68,12 +75,13 @@ def kn_conv2d(
             weight = centred_filters(weight)
     else:
         offset = mu + (pivot if shift is None else pivot - shift)
-    if eager and shift is None:
-        out = _normalized_conv(x, weight, bias, rstd, offset, stride, padding, dilation, groups)
+    settings = (stride, padding, dilation, groups)
+    if torch.jit.is_scripting():
+        out = _dense_normalized_conv(x, weight, bias, rstd, offset, shift, *settings)
+    elif eager and shift is None:
+        out = _lean_normalized_conv(x, weight, bias, rstd, offset, *settings)
     else:
-        out = _dense_normalized_conv(
-            x, weight, bias, rstd, offset, shift, stride, padding, dilation, groups
-        )
+        out = _dense_normalized_conv(x, weight, bias, rstd, offset, shift, *settings)
     return out.squeeze(0) if unbatched else out
 
 
@@ -83,18 +91,20 @@ def centred_filters(weight: Tensor) -> Tensor:
     return (wide - wide.mean([1, 2, 3], keepdim=True)).to(weight.dtype)
 
 
-def _shift(x: Tensor, pivot: Tensor, mu: Tensor, var: Tensor, eager: bool) -> Tensor | None:
-    """Per image (N, 1, 1, 1), what to take off x before a float32 convolution; None for nothing.
+def _middle_row(x: Tensor) -> Tensor:
+    """What to take off every image before a float32 convolution: the mean of its middle row.
 
-    Run eagerly on a CPU, only images with a window of |mean| > 16 std get one (zero elsewhere): a
-    copy of x is dear there. A compiler writes x - shift instead of x, at no cost; it cannot branch
-    on data, so every image is shifted, by the mean of its middle row, known before the pass over x.
+    A compiler writes x - shift instead of x at no cost, as this is known before its pass over x.
     """
-    if x.dtype != torch.float32:
-        return None
-    if not eager:
-        return x[:, :, x.shape[2] // 2].mean([1, 2]).view(-1, 1, 1, 1)
-    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+    return x[:, :, x.shape[2] // 2].mean([1, 2]).view(-1, 1, 1, 1)
+
+
+def _shift_if_needed(x: Tensor, pivot: Tensor, mu: Tensor, var: Tensor) -> Tensor | None:
+    """`pivot` for images with a window of |mean| > 16 std, else 0; None when no image has one.
+
+    Run operation by operation, x - shift is a copy of x, too dear to be made without need.
+    """
+    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):  # no look at the data
         return pivot
     ill = ((mu + pivot).square() > ILL_CONDITIONED * var).flatten(1).any(1)
     return torch.where(ill.view(-1, 1, 1, 1), pivot, 0.0) if bool(ill.any()) else None
@@ -183,7 +193,7 @@ class _NormalizedConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_rstd, grad_offset, grad_gain, *[None] * 4
 
 
-def _normalized_conv(x, weight, bias, rstd, offset, stride, padding, dilation, groups):
+def _lean_normalized_conv(x, weight, bias, rstd, offset, stride, padding, dilation, groups):
     """`_dense_normalized_conv` without a shift, through the operation that keeps little."""
     gain = None if offset is None else weight.sum((1, 2, 3))
     if torch.is_autocast_enabled(x.device.type):  # after the sums: what autocast does to conv2d

@@ -40,8 +40,8 @@ def pixel_moments(x: Tensor, p: float, eager: bool) -> tuple[Tensor, Tensor]:
     return dense_moments(x, p)
 
 
-def runs_eagerly(x: Tensor) -> bool:
-    """Whether x is computed now, operation by operation: not compiled, exported, traced, mapped."""
+def runs_eagerly() -> bool:
+    """Whether operations run now, one by one: not compiled, exported, traced or transformed."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
