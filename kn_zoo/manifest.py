@@ -166,14 +166,15 @@ class Weight:
         """An entry as ``json.load`` gives it."""
         statistics = entry["reported"]["statistics"]
         accuracies = {name: Accuracy(**accuracy) for name, accuracy in statistics.items()}
-        preprocessing = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in entry["preprocessing"].items()
+        steps: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in entry["preprocessing"].items()
         }
-        fields = {
+        fields: dict[str, Any] = {
             "dataset": Dataset(**entry["dataset"]),
             "reported": Reported(entry["reported"]["by"], accuracies),
             "file": entry["file"] and File(**entry["file"]),
-            "preprocessing": Preprocessing(**preprocessing),
+            "preprocessing": Preprocessing(**steps),
             "hub": entry["hub"] and Hub(**entry["hub"]),
             "upstream": entry["upstream"] and Upstream(**entry["upstream"]),
             "licenses": Licenses(**entry["licenses"]),

@@ -45,7 +45,7 @@ class CorruptWeights(WeightsError):
 
 def checked_source(
     variant: str,
-    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg: str | dict[str, Any] | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def checked_source(
 
 def model_args(
     variant: str,
-    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg: str | dict[str, Any] | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The arguments that the weight's network was trained with where they differ from the defaults.

@@ -47,10 +47,9 @@ def build(
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
-        overlay = weights.checked_source(
-            variant, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")
-        )
-        overlay = _read_pickle(overlay)
+        asked_for = (variant, kwargs.get("pretrained_cfg"), overlay)
+        kwargs = {**weights.model_args(*asked_for), **kwargs}
+        overlay = _read_pickle(weights.checked_source(*asked_for, kwargs.get("cache_dir")))
     model = build_model_with_cfg(
         model_cls,
         variant,
@@ -60,9 +59,9 @@ def build(
         feature_cfg=dict(feature_cls="getter", **(feature_cfg or {})),
         **kwargs,
     )
-    model.pretrained_cfg.pop(
-        "state_dict", None
-    )  # a model must not keep a second copy of its weights
+    for module in model.modules():  # also the network that a features wrapper holds
+        # a model must not keep a second copy of its weights
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 
 

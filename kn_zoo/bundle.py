@@ -1,0 +1,386 @@
+"""A weight's bundle: one folder that is laid out as its Hugging Face Hub repository.
+
+``model.safetensors``   the tensors; their hash is in the manifest
+``config.json``         timm's description of the network, with the class names
+``README.md``           model card
+``recipe.yaml``         the settings that the training ran with
+``train_log.csv``       its progress
+``predictions.npz``     top-5 classes and logits of every image of the evaluation set
+``environment.txt``     versions and hardware
+
+``config.json`` and ``README.md`` follow from the manifest: ``python -m kn_zoo.bundle`` writes them
+anew for every bundle that travels with the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kn_zoo import __version__, manifest, weights
+from kn_zoo.evaluate import NEAR_TIE, Predictions
+from kn_zoo.manifest import WEIGHTS_FILE, File, Weight
+
+CONFIG, CARD, RECIPE = "config.json", "README.md", "recipe.yaml"
+LOG, PREDICTIONS, ENVIRONMENT = "train_log.csv", "predictions.npz", "environment.txt"
+PAPER = "https://openreview.net/forum?id=Uv3XVAEgG6"
+CITATION = f"""@article{{nasirigerdeh2024kernelnorm,
+  title={{Kernel Normalized Convolutional Networks}},
+  author={{Nasirigerdeh, Reza and Torkzadehmahani, Reihaneh and
+          Rueckert, Daniel and Kaissis, Georgios}},
+  journal={{Transactions on Machine Learning Research}},
+  year={{2024}},
+  url={{{PAPER}}}
+}}"""
+_RECORDED = ("torch", "timm", "numpy", "safetensors", "huggingface_hub")
+FILES = (WEIGHTS_FILE, CONFIG, CARD, RECIPE, LOG, PREDICTIONS, ENVIRONMENT)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk."""
+
+    folder: Path
+
+    @property
+    def weight(self) -> Weight:
+        """Its entry in the manifest; `LookupError` if it has none."""
+        return manifest.find(str(self._config().get(weights.MARKER)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self._config()["label_names"])
+
+    @property
+    def near_tie_bound(self) -> float:
+        """Two logits of an image closer than this may change places on other hardware."""
+        return float(self._arrays()["near_tie_bound"])
+
+    def predictions(self) -> Predictions:
+        """What the stored weights say about each image, under the statistics ``expected``."""
+        arrays = self._arrays()
+        return Predictions(arrays["indices"], arrays["logits"], arrays["targets"])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors in float32, after their file's hash was compared with the manifest's."""
+        return weights.read(self.folder / WEIGHTS_FILE, self.weight)
+
+    def _config(self) -> dict[str, Any]:
+        return json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / PREDICTIONS, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+def get(weight: Weight, cache_dir: str | Path | None = None) -> Bundle:
+    """The bundle of a weight: the one that travels with the package, else the Hub's.
+
+    Raises:
+        MissingWeights: a file of it is in neither.
+    """
+    files = [weights.locate(weight, name, cache_dir) for name in FILES]
+    return Bundle(files[0].parent)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Operations of the convolutions and matrix products for one image (C, H, W), evaluated.
+
+    A multiplication and an addition are two operations.
+    """
+    example = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=example.device, dtype=example.dtype)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model's numbers to those that `dtype` can store; their type stays what it is.
+
+    Call it before the evaluation whose predictions go into the bundle.
+    """
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
+
+
+def write(
+    model: nn.Module,
+    draft: Weight,
+    *,
+    recipe: Mapping[str, Any],
+    log: Path,
+    predictions: Predictions,
+    class_names: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    folder: Path | None = None,
+) -> Weight:
+    """Write a trained model as a bundle of the package, and enter it in the manifest.
+
+    Everything is written beside and put into place at the end: a bundle of that name is replaced by
+    the whole new one or stays as it is.
+
+    Args:
+        draft: what the manifest shall say; file, parameters and FLOPs are taken from the model.
+        recipe: the settings that the training ran with.
+        log: the CSV file of its progress.
+        predictions: made by ``model`` as it is stored, see `round_weights`.
+        dtype: how floating-point numbers are stored.
+        folder: a place outside the package: the bundle is then the user's own, not in the manifest.
+
+    Returns:
+        The weight as the manifest has it.
+
+    Raises:
+        ValueError: the model's numbers are not those that ``dtype`` stores, a class has no name, or
+            ``folder`` holds something else than a bundle.
+        OSError: the disk is full or not writable; what was there before is untouched.
+    """
+    if len(class_names) != draft.dataset.num_classes:
+        raise ValueError(f"Give {draft.dataset.num_classes} class names, not {len(class_names)}.")
+    data = to_safetensors(_stored(model, dtype), metadata={"format": "pt"})
+    sha256 = hashlib.sha256(data).hexdigest()
+    weight = replace(
+        draft,
+        file=File(sha256, len(data), str(dtype).removeprefix("torch.")),
+        parameters=parameters(model),
+        flops=flops(model, draft.preprocessing.input_size),
+        bundle=folder is None,
+    )
+    contents = {
+        WEIGHTS_FILE: data,
+        CONFIG: config(weight, model, class_names, in_manifest=folder is None).encode(),
+        CARD: card(weight).encode(),
+        RECIPE: yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode(),
+        LOG: log.read_bytes(),
+        PREDICTIONS: _predictions_file(predictions),
+        ENVIRONMENT: environment().encode(),
+    }
+    with _replaced(folder or weight.folder, contents):
+        if folder is None:
+            manifest.write_entry(weight)
+    return weight
+
+
+def config(
+    weight: Weight, model: nn.Module, class_names: Sequence[str], in_manifest: bool = True
+) -> str:
+    """``config.json`` as timm reads it from a Hub repository or a folder.
+
+    The mark that `kn_zoo.weights` knows a manifest weight by is set only if it is `in_manifest`.
+    """
+    registered: Any = model.pretrained_cfg
+    cfg = {k: v for k, v in weight.pretrained_cfg().items() if k not in ("file", "hf_hub_id")}
+    cfg.update({k: registered[k] for k in ("first_conv", "classifier")}, tag=weight.tag)
+    document = {
+        "architecture": weight.architecture,
+        "num_classes": weight.dataset.num_classes,
+        "num_features": model.num_features,
+        "model_args": dict(weight.model_args),
+        "label_names": list(class_names),
+        "pretrained_cfg": cfg,
+    }
+    if in_manifest:
+        document[weights.MARKER] = weight.name
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def card(weight: Weight) -> str:
+    """The model card: front matter as the Hub defines it, then what a reader wants to know."""
+    lines = []
+    for statistics, accuracy in weight.reported.statistics.items():
+        top5 = "" if accuracy.top5 is None else f"{accuracy.top5:.2f}"
+        draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
+        lines.append(f"| {statistics}{draws} | {accuracy.top1:.2f} | {top5} |")
+    front_matter = yaml.safe_dump(_front_matter(weight), sort_keys=False, allow_unicode=True)
+    names = [weight.name, *([f"hf-hub:{weight.hub.repository}"] if weight.hub else [])]
+    usage = "\n".join(f'model = timm.create_model("{n}", pretrained=True).eval()' for n in names)
+    size, steps = "x".join(map(str, weight.preprocessing.input_size)), weight.preprocessing
+    file = weight.file
+    stored = f"{file.bytes:,} bytes, {file.dtype}, SHA-256 `{file.sha256}`" if file else "none"
+    return f"""---
+{front_matter}---
+# {weight.name}
+
+A Kernel Normalized network ([paper]({PAPER})) of the model zoo `kn_zoo`, trained on
+{weight.dataset.name}.
+
+```python
+import kn_zoo, timm
+
+{usage}
+```
+
+| inference statistics | top-1 % | top-5 % |
+|---|---|---|
+{chr(10).join(lines)}
+
+Measured on {weight.dataset.images:,} images ({weight.dataset.name}, {weight.dataset.split}) by
+{weight.reported.by}. `predictions.npz` holds the top classes of each image;
+`python eval/verify.py {weight.name}` computes them again.
+
+- Parameters: {weight.parameters:,}
+- FLOPs of one image {size}: {weight.flops:,} (a multiplication and an addition are two)
+- Preprocessing: {steps.interpolation} resize, {steps.crop_mode} crop {steps.crop_pct:g},
+  mean {list(steps.mean)}, std {list(steps.std)}
+- File: {stored}
+- Recipe: `{weight.recipe}`; seeds {", ".join(map(str, weight.seeds))}
+- Licence of the code: {weight.licenses.code}
+- Licence of the weights: {weight.licenses.weights}
+- Licence of the data: {weight.licenses.data}
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _front_matter(weight: Weight) -> dict[str, Any]:
+    dataset = weight.dataset
+    accuracy = weight.reported.statistics.get("expected")
+    found = {"Top-1": accuracy.top1, "Top-5": accuracy.top5} if accuracy else {}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"type": dataset.name, "name": dataset.name, "split": dataset.split},
+        "metrics": [
+            {"type": "accuracy", "name": name, "value": value} for name, value in found.items()
+        ],
+    }
+    return {
+        "license": weight.licenses.weights.lower(),
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "kernel-normalization"],
+        "datasets": [dataset.name],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": weight.name, "results": [result]}],
+    }
+
+
+def environment() -> str:
+    """Versions and hardware, one line each."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = [f"python {platform.python_version()}", f"kn_zoo {__version__}"]
+    lines += [f"{name} {version(name)}" for name in _RECORDED]
+    lines += [f"platform {platform.platform()}", f"cpu cores {os.cpu_count()}", f"gpu {device}"]
+    return "\n".join(lines) + "\n"
+
+
+def refresh() -> list[Path]:
+    """Write anew what follows from the manifest in each bundle of the package; what changed."""
+    changed = []
+    for weight in manifest.load().values():
+        if not weight.bundle:
+            continue
+        model = timm.create_model(weight.name)
+        names = Bundle(weight.folder).class_names
+        for name, text in {CONFIG: config(weight, model, names), CARD: card(weight)}.items():
+            path = weight.folder / name
+            if path.read_text(encoding="utf-8") != text:
+                manifest.write_text(path, text)
+                changed.append(path)
+    return changed
+
+
+def _stored(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not torch.equal(stored.to(tensor.dtype), tensor):
+            raise ValueError(
+                f"{key} has numbers that {dtype} cannot store. Call bundle.round_weights(model, "
+                f"{dtype}) before the evaluation, so that the predictions are those of the file."
+            )
+        tensors[key] = stored.cpu().contiguous()
+    return tensors
+
+
+def _predictions_file(predictions: Predictions) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        indices=np.asarray(predictions.indices, dtype=np.int16),
+        logits=np.asarray(predictions.logits, dtype=np.float32),
+        targets=np.asarray(predictions.targets, dtype=np.int16),
+        statistics=np.asarray("expected"),
+        near_tie_bound=np.asarray(NEAR_TIE),
+    )
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path, contents: Mapping[str, bytes]) -> Iterator[None]:
+    """Put a folder of files in the place of another; the other comes back if the body fails."""
+    strangers = {path.name for path in folder.glob("*")} - set(contents)
+    if strangers:
+        raise ValueError(f"{folder} holds {min(strangers)}: choose a new folder for the bundle.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+            new, old = Path(beside) / "new", Path(beside) / "old"
+            new.mkdir()
+            for name, data in contents.items():
+                _write_durably(new / name, data)
+            with _exchanged(folder, new, old):
+                yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} could not be written ({error.strerror}); what was there is untouched. "
+            "Make room, or choose another folder.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _exchanged(folder: Path, new: Path, old: Path) -> Iterator[None]:
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+        yield
+    except BaseException:
+        if old.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(old, folder)
+        raise
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    for changed_file in refresh():
+        print(changed_file)
