@@ -129,8 +129,7 @@ class Digits(datasets.VisionDataset):
 
 
 def _cifar100(split: str, folders: list[Path], download: bool) -> Images:
-    """CIFAR-100 as torchvision reads it, all its files checked by md5; lossless strips are unpacked
-    first."""
+    """CIFAR-100 as torchvision reads it, every file checked by md5; packed strips are unpacked."""
     tried = [place for folder in folders for place in (folder, folder / "cifar100")]
     for place in tried:
         if (place / "cifar-100-python").is_dir():
@@ -150,35 +149,42 @@ def _read_cifar100(root: Path, split: str, download: bool = False) -> Images:
     try:
         dataset = datasets.CIFAR100(root, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:  # torchvision's md5 checks; a failed download
-        raise MissingData(
-            f"{root / 'cifar-100-python'} is incomplete or corrupt ({error}): "
-            "remove it and unpack it again, or fetch it with --download"
-        ) from None
+        if download:
+            message = f"CIFAR-100 could not be downloaded to {root} ({error}): try again"
+        else:
+            message = (
+                f"{root / 'cifar-100-python'} is incomplete or corrupt: remove it and try again"
+            )
+        raise MissingData(message) from None
     dataset.class_names = dataset.classes
     return dataset
 
 
 def _unpack(strips: Path, target: Path) -> Path:
-    """Run the `unpack.py` that lies beside the strips, once; `target` appears whole or not at
-    all."""
+    """Run the `unpack.py` beside the strips, once; the files appear in `target` whole or not."""
     if (target / "cifar-100-python").is_dir():
         return target
     print(f"Unpacking CIFAR-100 from {strips} to {target} (once) ...", file=sys.stderr, flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cifar100-", dir=target.parent) as part:
-        done = subprocess.run(
-            [sys.executable, strips / "unpack.py", part], capture_output=True, text=True
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise MissingData(f"{strips} could not be unpacked ({reason}): copy it again")
-        target.mkdir(exist_ok=True)
-        try:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=target) as part:
+            _run_unpack(strips, part)
             (Path(part) / "cifar-100-python").rename(target / "cifar-100-python")
-        except OSError:  # another process was faster, and its files are the same
-            if not (target / "cifar-100-python").is_dir():
-                raise
+    except OSError as error:
+        if not (target / "cifar-100-python").is_dir():  # else another process was faster
+            raise MissingData(
+                f"cannot write to {target} ({error.strerror}): make room, or name another folder "
+                "with $KN_ZOO_CACHE"
+            ) from None
     return target
+
+
+def _run_unpack(strips: Path, out: str) -> None:
+    command = [sys.executable, str(strips / "unpack.py"), out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise MissingData(f"{strips} cannot be unpacked ({reason}): copy that folder again")
 
 
 def _imagenet(split: str, folders: list[Path]) -> Images:

@@ -36,19 +36,19 @@ class Predictions:
     logits: np.ndarray  # (N, 5) float32, never increasing along a row
     targets: np.ndarray  # (N,) int16
 
-    def correct(self, k: int) -> int:
-        """In how many images the true class is among the best `k`."""
-        return int((self.indices[:, :k] == self.targets[:, None]).any(axis=1).sum())
+    def hits(self, k: int) -> np.ndarray:
+        """(N,) bool: whether the true class is among the best `k` (at most 5)."""
+        return (self.indices[:, :k] == self.targets[:, None]).any(axis=1)
 
     @property
     def top1(self) -> float:
         """Top-1 accuracy in percent."""
-        return 100 * self.correct(1) / len(self.targets)
+        return 100 * float(self.hits(1).mean())
 
     @property
     def top5(self) -> float:
         """Top-5 accuracy in percent."""
-        return 100 * self.correct(5) / len(self.targets)
+        return 100 * float(self.hits(5).mean())
 
 
 def eval_transform(model: nn.Module) -> transforms.Compose:
