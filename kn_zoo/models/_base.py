@@ -59,8 +59,8 @@ class Scale(NamedTuple):
 def scales(reduction: int, stages: int, output_stride: int) -> list[Scale]:
     """Halve the resolution before each stage but the first, as far as `output_stride` allows.
 
-    Where it stops, dilation doubles instead: the values of the network that strides are then found
-    at every second pixel, every fourth, and so on.
+    Where it stops, dilation doubles instead and maps keep their size. If the input is a multiple of
+    the reduction, the strided network's values are at every second pixel, every fourth, and so on.
     """
     if output_stride < reduction or output_stride & (output_stride - 1):
         raise ValueError(f"output_stride={output_stride}: use a power of two from {reduction} up")
@@ -72,6 +72,24 @@ def scales(reduction: int, stages: int, output_stride: int) -> list[Scale]:
         else:
             found.append(Scale(1, dilation, 2 * dilation, reduction))
     return found
+
+
+class DilatedMaxPool2d(nn.Module):
+    """What `nn.MaxPool2d(2)` becomes if it must not stride: 2x2 pixels `dilation` apart."""
+
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = self.dilation
+        x = nn.functional.pad(x, (0, d, 0, d), value=float("-inf"))  # a max over what is there
+        return nn.functional.max_pool2d(x, 2, stride=1, dilation=d)
+
+
+def max_pool(stride: int, dilation: int) -> nn.Module:
+    """2x2 max pooling by stride 2, or by dilation in its place."""
+    return nn.MaxPool2d(2) if stride == 2 else DilatedMaxPool2d(dilation)
 
 
 class Stage(nn.Module):

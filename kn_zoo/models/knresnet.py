@@ -26,6 +26,7 @@ from ._base import (
     activation,
     classifier_head,
     init_weights,
+    max_pool,
     scales,
 )
 from ._build import CIFAR, IMAGENET, StateDict, build, cfgs, drop_path_rates
@@ -219,7 +220,7 @@ def _transition(
         OrderedDict(
             act=act(),
             conv=conv(in_chs, out_chs, way.kernel_size, padding=padding, dilation=d),
-            pool=nn.MaxPool2d(2, stride=scale.stride, dilation=d),
+            pool=max_pool(scale.stride, d),
         )
     )
 
@@ -228,7 +229,7 @@ def _neck(in_chs: int, padding: int, dilation: int, conv: Conv, act: Act) -> nn.
     d = 1 if dilation == 1 else 2 * dilation  # after a pool that does not stride
     return nn.Sequential(
         OrderedDict(
-            pool=nn.MaxPool2d(2, stride=2 if d == 1 else 1, dilation=dilation),
+            pool=max_pool(2 if d == 1 else 1, dilation),
             act=act(),
             conv=conv(in_chs, NECK_CHANNELS, 2, padding=d * padding, dilation=d),
         )

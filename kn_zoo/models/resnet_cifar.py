@@ -1,0 +1,100 @@
+"""ResNet-18, -34 and -50 for low resolution, with batch, group, layer or no normalization.
+
+timm's ResNet with a 3x3 stem that does not stride, to compare kernel-normalized networks with.
+"""
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import GroupNorm, GroupNorm1
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from ._base import check_size
+from ._build import CIFAR_MEAN_STD, build, cfgs
+
+__all__ = ["ResNetCifar"]
+
+Norm = Literal["batch", "group", "layer", "none"]
+NORMS = dict(batch=nn.BatchNorm2d, group=GroupNorm, layer=GroupNorm1, none=nn.Identity)
+REDUCTION = 8  # of the last stage, where ResNet has 32
+
+
+class Stem(nn.Conv2d):
+    """A 3x3 convolution that refuses images smaller than a pixel of the last map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(check_size(x, REDUCTION))
+
+
+class ResNetCifar(ResNet):
+    """Low-resolution ResNet.
+
+    Args:
+        block: timm's BasicBlock or Bottleneck.
+        layers: blocks a stage.
+        norm: "batch", "group" (32 groups), "layer" (one group) or "none" (convolutions get biases).
+        output_stride: 8, 4 or 2 input pixels a pixel of the last map.
+        kwargs: of timm's ResNet.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        norm: Norm = "batch",
+        output_stride: int = REDUCTION,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if norm not in NORMS:
+            raise ValueError(f"norm={norm!r}: use 'batch', 'group', 'layer' or 'none'")
+        if output_stride not in (8, 4, 2):
+            raise ValueError(f"output_stride={output_stride}: use 8, 4 or 2")
+        super().__init__(
+            block, layers, norm_layer=NORMS[norm], output_stride=4 * output_stride, **kwargs
+        )
+        width = self.conv1.out_channels
+        self.conv1 = Stem(self.conv1.in_channels, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
+        if norm == "none":
+            for m in self.modules():
+                if isinstance(m, nn.Conv2d):
+                    m.bias = nn.Parameter(torch.zeros(m.out_channels))
+        self.to(device=device, dtype=dtype)  # only newer timm takes a device
+
+
+def _cfg(architecture: str) -> dict[str, dict[str, Any]]:
+    names = dict(first_conv="conv1", classifier="fc")
+    return cfgs(architecture, lambda side: -(-side // REDUCTION), **names, **CIFAR_MEAN_STD)
+
+
+default_cfgs = generate_default_cfgs(
+    {**_cfg("resnet18_cifar"), **_cfg("resnet34_cifar"), **_cfg("resnet50_cifar")}
+)
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 for low resolution with `norm` "batch", "group", "layer" or "none"."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return build(ResNetCifar, "resnet18_cifar", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-34 for low resolution with `norm` "batch", "group", "layer" or "none"."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return build(ResNetCifar, "resnet34_cifar", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-50 for low resolution with `norm` "batch", "group", "layer" or "none"."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return build(ResNetCifar, "resnet50_cifar", pretrained, **dict(model_args, **kwargs))
