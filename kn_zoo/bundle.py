@@ -34,7 +34,6 @@ import torch
 import yaml
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kn_zoo import __version__, manifest, weights
 from kn_zoo.evaluate import NEAR_TIE, Predictions
@@ -108,18 +107,29 @@ def parameters(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Operations of the convolutions and matrix products for one image (C, H, W), evaluated.
+    """Operations of the convolutions and linear layers for one image of `input_size` (C, H, W).
 
-    A multiplication and an addition are two operations.
+    A multiplication and an addition are two operations. What normalizes is left out, as is usual,
+    so the number says what the network is and not how a layer is implemented today.
     """
-    example = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=example.device, dtype=example.dtype)
-    training = model.training
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    model.train(training)
-    return counter.get_total_flops()
+    counted = 0
+
+    def count(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal counted
+        weight: Any = layer.weight  # (outputs, what each of them is a sum over)
+        counted += 2 * output.numel() * weight[0].numel()
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    example, training = next(model.parameters()), model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size, device=example.device, dtype=example.dtype))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return counted
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:

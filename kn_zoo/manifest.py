@@ -112,7 +112,7 @@ class Licenses:
 
 @dataclass(frozen=True)
 class Weight:
-    """One entry. ``flops``: one image forward, each multiplication and each addition counted."""
+    """One entry. ``flops``: convolutions and linear layers, one image, multiply and add apart."""
 
     name: str
     model_args: Mapping[str, Any]

@@ -63,6 +63,8 @@ def checked_source(
     if weight is None:
         if not (cfg.has_weights or cfg.state_dict):
             raise MissingWeights(f"There are no weights for {variant}. {_how_to_train(None)}")
+        if cfg.file and not Path(cfg.file).exists():
+            raise MissingWeights(f"{cfg.file} does not exist. Give the path of a checkpoint.")
         return overlay
     tensors = read(_place(weight, cfg, cache_dir), weight)
     return {**overlay, "state_dict": tensors, "source": None}
