@@ -196,8 +196,10 @@ class _NormalizedConv(torch.autograd.Function):
 def _lean_normalized_conv(x, weight, bias, rstd, offset, stride, padding, dilation, groups):
     """`_dense_normalized_conv` without a shift, through the operation that keeps little."""
     gain = None if offset is None else weight.sum((1, 2, 3))
-    if torch.is_autocast_enabled(x.device.type):  # after the sums: what autocast does to conv2d
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type  # autocast knows some devices only; "meta", for one, it does not
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # after the sums: what autocast does to conv2d
+        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     return _NormalizedConv.apply(
         x, weight, bias, rstd, offset, gain, stride, padding, dilation, groups
