@@ -3,10 +3,18 @@
 from torch import nn
 
 from .checks import INFERENCE_STATISTICS
+from .frozen import FrozenKNConv2d, freeze
 from .kernel_norm import KernelNorm1d, KernelNorm2d
 from .kn_conv import KNConv2d
 
-__all__ = ["KNConv2d", "KernelNorm1d", "KernelNorm2d", "set_inference_statistics"]
+__all__ = [
+    "FrozenKNConv2d",
+    "KNConv2d",
+    "KernelNorm1d",
+    "KernelNorm2d",
+    "freeze",
+    "set_inference_statistics",
+]
 
 
 def set_inference_statistics(model: nn.Module, statistics: str) -> nn.Module:

@@ -32,12 +32,13 @@ def kn_conv2d(
     dropout_p: float,
     statistics: str,
     eps: float,
-    centred: bool = False,
+    frozen: bool = False,
 ) -> Tensor:
     """Functional form of `KNConv2d`; see there.
 
     `padding`: left, right, top, bottom. `statistics`: "expected", "plain" or "sampled".
-    `centred`: the mean of every filter has been taken off `weight` already.
+    `frozen`: with one group, the mean of every filter has been taken off `weight` already, and no
+    image is shifted.
     """
     unbatched = x.dim() == 3
     if unbatched:
@@ -59,7 +60,8 @@ def kn_conv2d(
     mu, var = unit_moments(mean, var, pivot, kernel_size, stride, padding, dilation)  # (N,1,H',W')
 
     shift: Tensor | None = None
-    if p == 0.0 and x.dtype == torch.float32:  # under dropout the mask's noise is larger by far
+    # Under dropout the noise of the mask is larger by far than the digits that are lost.
+    if p == 0.0 and x.dtype == torch.float32 and not frozen:
         if torch.jit.is_scripting():
             shift = _middle_row(image)
         else:
@@ -71,7 +73,7 @@ def kn_conv2d(
 
     offset: Tensor | None = None
     if p == 0.0 and groups == 1:
-        if not centred:
+        if not frozen:
             weight = centred_filters(weight)
     else:
         offset = mu + (pivot if shift is None else pivot - shift)
