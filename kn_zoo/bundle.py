@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ CITATION = f"""@article{{nasirigerdeh2024kernelnorm,
   year={{2024}},
   url={{{PAPER}}}
 }}"""
-_RECORDED = ("torch", "timm", "numpy", "safetensors", "huggingface_hub")
+_RECORDED = ("timm", "numpy", "safetensors", "huggingface_hub")
 FILES = (WEIGHTS_FILE, CONFIG, CARD, RECIPE, LOG, PREDICTIONS, ENVIRONMENT)
 
 
@@ -297,12 +298,20 @@ def _front_matter(weight: Weight) -> dict[str, Any]:
 
 
 def environment() -> str:
-    """Versions and hardware, one line each."""
+    """Versions and hardware, one line each, and the commit if this is a checkout."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    lines = [f"python {platform.python_version()}", f"kn_zoo {__version__}"]
-    lines += [f"{name} {version(name)}" for name in _RECORDED]
+    lines = [f"kn_zoo {__version__}{_commit()}", f"python {platform.python_version()}"]
+    lines += [f"torch {torch.__version__}", *(f"{name} {version(name)}" for name in _RECORDED)]
     lines += [f"platform {platform.platform()}", f"cpu cores {os.cpu_count()}", f"gpu {device}"]
     return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    if not (manifest.PACKAGE.parent / ".git").exists() or shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=manifest.PACKAGE, capture_output=True, text=True)
+    return f" at commit {done.stdout.strip()}" if done.returncode == 0 else ""
 
 
 def refresh() -> list[Path]:
