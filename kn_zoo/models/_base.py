@@ -123,7 +123,7 @@ class StagedNetwork(nn.Module):
         stages: Sequence[Stage],
         feature_info: Features,
         norm: nn.Module,
-        head: nn.Module,
+        head: Any,
         in_chans: int,
         num_classes: int,
         min_size: int,
@@ -148,8 +148,9 @@ class StagedNetwork(nn.Module):
         self._set_widths(head.in_features)
 
     def _set_widths(self, num_features: int) -> None:
-        self.num_features = self.head.in_features = num_features
-        self.head_hidden_size = num_features * self.head.global_pool.feat_mult()
+        head: Any = self.head
+        self.num_features = head.in_features = num_features
+        self.head_hidden_size = num_features * head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -164,20 +165,22 @@ class StagedNetwork(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its maps."""
-        for stage in self.stages:
+        for stage in self.stages.children():
+            assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
-        return self.head.fc
+        return self.head.get_submodule("fc")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier (0 classes: none); None keeps the pooling, "" removes it."""
         like = next(self.parameters())
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+        head: Any = self.head
+        head.reset(num_classes, global_pool)
+        head.to(device=like.device, dtype=like.dtype).train(self.training)
         self._set_widths(self.num_features)
 
     def forward_intermediates(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, load_state_dict
+from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict
 from torch import nn
 
 from kn_zoo import manifest, weights
@@ -29,7 +29,8 @@ CIFAR = dict(
 )
 CIFAR_MEAN_STD = dict(CIFAR, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
-StateDict = dict[str, torch.Tensor]
+StateDict = dict[str, Any]  # of tensors; a checkpoint may hold it under "model"
+Cfgs = dict[str, dict[str, Any] | PretrainedCfg]
 
 
 def build(
@@ -37,7 +38,7 @@ def build(
     variant: str,
     pretrained: bool,
     *,
-    pretrained_filter_fn: Callable[[StateDict, nn.Module], StateDict] | None = None,
+    pretrained_filter_fn: Callable[[StateDict, Any], StateDict] | None = None,
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -78,9 +79,7 @@ def _read_pickle(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
         return dict(overlay or {}, state_dict=load_state_dict(file, weights_only=True))
 
 
-def cfgs(
-    architecture: str, last_map: Callable[[int], int], **defaults: Any
-) -> dict[str, dict[str, Any]]:
+def cfgs(architecture: str, last_map: Callable[[int], int], **defaults: Any) -> Cfgs:
     """timm default cfgs of one architecture and all its weights in the manifest.
 
     `last_map` gives the side of the last feature map for an input side, both in pixels.
@@ -88,7 +87,7 @@ def cfgs(
     found = manifest.pretrained_cfgs(architecture, **defaults)
     for cfg in found.values():
         cfg["pool_size"] = tuple(last_map(side) for side in cfg["input_size"][1:])
-    return found
+    return dict(found)
 
 
 def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:

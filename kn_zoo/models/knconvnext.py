@@ -49,7 +49,7 @@ class KNConvNeXt(StagedNetwork):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         act = activation(act_layer)
         stem = OrderedDict(
             conv=nn.Conv2d(in_chans, dims[0], 4, stride=4), norm=LayerNorm2d(dims[0])
@@ -95,7 +95,7 @@ class KNConvNeXt(StagedNetwork):
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
+                nn.init.zeros_(m.bias)  # type: ignore[arg-type]  # all have one
         self.to(**dd)  # only newer timm's blocks take a device
 
     def prune_intermediate_layers(

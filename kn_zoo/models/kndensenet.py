@@ -5,6 +5,7 @@ Every convolution is 3x3, after its activation. Five layers a stage, each adding
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 from kn_zoo.layers import KernelNorm2d, KNConv2d
 
-from ._base import ActLayer, Stage, StagedNetwork, activation, classifier_head, init_weights
+from ._base import (
+    ActLayer,
+    Features,
+    Stage,
+    StagedNetwork,
+    activation,
+    classifier_head,
+    init_weights,
+)
 from ._build import CIFAR, StateDict, build, cfgs
 
 __all__ = ["KNDenseNet"]
@@ -63,22 +72,25 @@ class KNDenseNet(StagedNetwork):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        dd = dict(device=device, dtype=dtype)
-        statistics = dict(inference_statistics=inference_statistics)
-        conv = partial(KNConv2d, kernel_size=3, padding=1, dropout_p=dropout_p, **statistics, **dd)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
+        shape: dict[str, Any] = dict(kernel_size=3, padding=1, dropout_p=dropout_p, **dd)
+        conv: Callable[..., nn.Module] = partial(KNConv2d, **shape, **statistics)
         act = activation(act_layer)
-        chs, stages, feature_info = stem_chs, [], []
+        chs = stem_chs
+        stages = []
+        feature_info: Features = []
         for i, depth in enumerate(depths):
             way = None
             if i > 0:
-                layers = OrderedDict(act=act(), conv=conv(chs, chs), pool=nn.AvgPool2d(2))
-                way = nn.Sequential(layers)
+                pool = nn.AvgPool2d(2)
+                way = nn.Sequential(OrderedDict(act=act(), conv=conv(chs, chs), pool=pool))
             widths = [chs + growth * j for j in range(depth)]
             stages.append(Stage([DenseLayer(act(), conv(w, growth)) for w in widths], way))
             chs += growth * depth
             feature_info.append(dict(num_chs=chs, reduction=2**i, module=f"stages.{i}"))
 
-        kernel_norm = KernelNorm2d(1, dropout_p=min(5 * dropout_p, 0.5), **statistics)
+        kernel_norm = KernelNorm2d(dropout_p=min(5 * dropout_p, 0.5), **statistics)
         super().__init__(
             stem=conv(in_chans, stem_chs),
             stages=stages,

@@ -30,6 +30,7 @@ from ._build import (
     CIFAR,
     CIFAR_MEAN_STD,
     IMAGENET,
+    Cfgs,
     StateDict,
     build,
     cfgs,
@@ -163,8 +164,8 @@ class PreActResNet(StagedNetwork):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        dd = dict(device=device, dtype=dtype)
-        statistics = dict(inference_statistics=inference_statistics)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
         pre: Layer = partial(norm_act, norm, act=activation(act_layer), dd=dd)
         if norm == "kernel":
             conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
@@ -191,7 +192,7 @@ class PreActResNet(StagedNetwork):
 
         norm_layer = pre(chs)
         if norm == "kernel":
-            kernel_norm = KernelNorm2d(1, dropout_p=min(5 * dropout_p, 0.5), **statistics)
+            kernel_norm = KernelNorm2d(dropout_p=min(5 * dropout_p, 0.5), **statistics)
             norm_layer = nn.Sequential(kernel_norm, norm_layer)
         super().__init__(
             stem=stem,
@@ -238,7 +239,7 @@ def _our_name(key: str) -> str:
     return re.sub(r"^fc\.", "head.fc.", key.replace(".shortcut.0.", ".shortcut."))
 
 
-def _cfg(architecture: str, reduction: int, **defaults: Any) -> dict[str, dict[str, Any]]:
+def _cfg(architecture: str, reduction: int, **defaults: Any) -> Cfgs:
     names = dict(first_conv="stem", classifier="head.fc")
     return cfgs(architecture, lambda side: -(-side // reduction), **names, **defaults)
 

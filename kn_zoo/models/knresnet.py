@@ -29,7 +29,7 @@ from ._base import (
     max_pool,
     scales,
 )
-from ._build import CIFAR, IMAGENET, StateDict, build, cfgs, drop_path_rates
+from ._build import CIFAR, IMAGENET, Cfgs, StateDict, build, cfgs, drop_path_rates
 
 __all__ = ["KNResNet"]
 
@@ -160,8 +160,8 @@ class KNResNet(StagedNetwork):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        dd = dict(device=device, dtype=dtype)
-        statistics = dict(inference_statistics=inference_statistics)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
         conv: Conv = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
         act = activation(act_layer)
         chs = channels[0]
@@ -191,7 +191,7 @@ class KNResNet(StagedNetwork):
         neck = None
         if not bottleneck:
             neck, chs = _neck(chs, int(small_stem), plan[-1].dilation, conv, act), NECK_CHANNELS
-        kernel_norm = KernelNorm2d(1, dropout_p=min(5 * dropout_p, 0.25), **statistics)
+        kernel_norm = KernelNorm2d(dropout_p=min(5 * dropout_p, 0.25), **statistics)
         super().__init__(
             stem=stem,
             pool=pool,
@@ -236,14 +236,15 @@ def _neck(in_chs: int, padding: int, dilation: int, conv: Conv, act: Act) -> nn.
     )
 
 
-def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+def checkpoint_filter_fn(state_dict: StateDict, model: KNResNet) -> StateDict:
     """Names of the published code (block0.0, res_block1, trans_block1) to ours; ours stay."""
     state_dict = state_dict.get("model", state_dict)
     if "block0.0.weight" not in state_dict:
         return state_dict
-    blocks = [
-        f"stages.{i}.blocks.{j}." for i, s in enumerate(model.stages) for j in range(len(s.blocks))
-    ]
+    blocks = []
+    for i, stage in enumerate(model.stages.children()):
+        depth = len(stage.get_submodule("blocks")._modules)
+        blocks += [f"stages.{i}.blocks.{j}." for j in range(depth)]
     return {_our_name(key, blocks): value for key, value in state_dict.items()}
 
 
@@ -264,7 +265,7 @@ RESNET50 = dict(
 )
 
 
-def _cfg(architecture: str, small_stem: bool, bottleneck: bool) -> dict[str, dict[str, Any]]:
+def _cfg(architecture: str, small_stem: bool, bottleneck: bool) -> Cfgs:
     return cfgs(
         architecture,
         lambda side: map_sides(side, small_stem, bottleneck)[-1],

@@ -15,18 +15,29 @@ from torch import Tensor, nn
 
 from kn_zoo.layers import KernelNorm2d, KNConv2d
 
-from ._base import ActLayer, Stage, StagedNetwork, activation, init_weights, max_pool, scales
-from ._build import CIFAR, StateDict, build, cfgs, drop_path_rates
+from ._base import (
+    ActLayer,
+    Features,
+    Stage,
+    StagedNetwork,
+    activation,
+    init_weights,
+    max_pool,
+    scales,
+)
+from ._build import CIFAR, Cfgs, StateDict, build, cfgs, drop_path_rates
 
 __all__ = ["KNResNetSmall"]
 
 STEM_CHANNELS = 64
+Layer = Callable[..., nn.Module]
+Unit = Callable[[int, int, int], "OrderedDict[str, nn.Module]"]
 
 
 def conv_act(
     preact: bool,
-    conv: Callable[..., nn.Module],
-    act: Callable[[], nn.Module],
+    conv: Layer,
+    act: Layer,
     in_chs: int,
     out_chs: int,
     dilation: int,
@@ -41,7 +52,7 @@ def conv_act(
 class Residual(nn.Module):
     """Two convolutions, and the identity past both."""
 
-    def __init__(self, chs: int, dilation: int, drop: float, unit: Callable[..., Any]) -> None:
+    def __init__(self, chs: int, dilation: int, drop: float, unit: Unit) -> None:
         super().__init__()
         self.unit1 = nn.Sequential(unit(chs, chs, dilation))
         self.unit2 = nn.Sequential(unit(chs, chs, dilation))
@@ -113,15 +124,15 @@ class KNResNetSmall(StagedNetwork):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        dd = dict(device=device, dtype=dtype)
-        statistics = dict(inference_statistics=inference_statistics)
-        conv = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
+        conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
         act = activation(act_layer)
-        unit = partial(conv_act, preact, conv, act)
+        unit: Unit = partial(conv_act, preact, conv, act)
 
         chs = STEM_CHANNELS
-        stem: dict[str, nn.Module] = OrderedDict(conv=conv(in_chans, chs, 3, padding=1))
-        feature_info = []
+        stem: OrderedDict[str, nn.Module] = OrderedDict(conv=conv(in_chans, chs, 3, padding=1))
+        feature_info: Features = []
         plan = scales(1, len(widths) + (not preact), output_stride)
         if not preact:
             stem["act"] = act()
@@ -143,7 +154,7 @@ class KNResNetSmall(StagedNetwork):
 
         dilation = plan[-1].dilation
         last_p = min((5 if preact else 2.5) * dropout_p, 0.5)
-        kernel_norm = KernelNorm2d(1, dropout_p=last_p, **statistics)
+        kernel_norm = KernelNorm2d(dropout_p=last_p, **statistics)
         super().__init__(
             stem=nn.Sequential(stem),
             stages=stages,
@@ -180,7 +191,7 @@ def _our_name(key: str, first_way: int) -> str:
     return re.sub(r"^fc\.", "head.fc.", key)
 
 
-def _cfg(architecture: str) -> dict[str, dict[str, Any]]:
+def _cfg(architecture: str) -> Cfgs:
     return cfgs(
         architecture,
         lambda side: side // 8,

@@ -11,8 +11,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ._base import check_size
-from ._build import CIFAR_MEAN_STD, build, cfgs
+from ._base import Features, check_size
+from ._build import CIFAR_MEAN_STD, Cfgs, build, cfgs
 
 __all__ = ["ResNetCifar"]
 
@@ -25,7 +25,7 @@ class Stem(nn.Conv2d):
     """A 3x3 convolution that refuses images smaller than a pixel of the last map."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(check_size(x, REDUCTION))
+        return self._conv_forward(check_size(x, REDUCTION), self.weight, self.bias)
 
 
 class ResNetCifar(ResNet):
@@ -41,7 +41,7 @@ class ResNetCifar(ResNet):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: Any,
         layers: tuple[int, ...],
         norm: Norm = "batch",
         output_stride: int = REDUCTION,
@@ -56,11 +56,12 @@ class ResNetCifar(ResNet):
         super().__init__(
             block, layers, norm_layer=NORMS[norm], output_stride=4 * output_stride, **kwargs
         )
-        width = self.conv1.out_channels
-        self.conv1 = Stem(self.conv1.in_channels, width, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
-        for info in self.feature_info:
+        feature_info: Features = self.feature_info
+        width = feature_info[0]["num_chs"]
+        stem = Stem(self.in_chans, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.conv1, self.maxpool = stem, nn.Identity()  # type: ignore[assignment]
+        for info in feature_info:
             info["reduction"] = max(1, info["reduction"] // 4)
         if norm == "none":
             for m in self.modules():
@@ -69,7 +70,7 @@ class ResNetCifar(ResNet):
         self.to(device=device, dtype=dtype)  # only newer timm takes a device
 
 
-def _cfg(architecture: str) -> dict[str, dict[str, Any]]:
+def _cfg(architecture: str) -> Cfgs:
     names = dict(first_conv="conv1", classifier="fc")
     return cfgs(architecture, lambda side: -(-side // REDUCTION), **names, **CIFAR_MEAN_STD)
 
