@@ -1,10 +1,11 @@
 """KernelNorm1d and KernelNorm2d: every window normalized, the windows laid side by side."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_settings, check_window, padding_sides
-from .moments import dense_moments, pixel_moments, runs_eagerly
+from .moments import pixel_moments, runs_eagerly
 from .statistics import expected_variance, unit_moments
 
 
@@ -25,10 +26,7 @@ def kernel_norm(
     check_window(x, kernel_size, padding, [1, 1])
     x = _side_by_side(x, kernel_size, stride, padding)
     p = dropout_p if statistics == "sampled" else 0.0
-    if torch.jit.is_scripting():
-        mean, var = dense_moments(x, p)
-    else:
-        mean, var = pixel_moments(x, p, runs_eagerly())
+    mean, var = pixel_moments(x, p, runs_eagerly())
     pivot = mean.mean([2, 3], keepdim=True)
     mu, var = unit_moments(mean, var, pivot, kernel_size, kernel_size, [0, 0, 0, 0], [1, 1])
     if statistics == "expected":
@@ -45,7 +43,7 @@ def _side_by_side(
 ) -> Tensor:
     """Windows of kh x kw, copied so that none overlaps: (N, C, H, W) -> (N, C, H'*kh, W'*kw)."""
     if max(padding) > 0:
-        x = torch.nn.functional.pad(x, padding)
+        x = F.pad(x, padding)
     if kernel_size == [1, 1] and stride == [1, 1]:
         return x
     windows = x.unfold(2, kernel_size[0], stride[0]).unfold(3, kernel_size[1], stride[1])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_settings, check_window, padding_sides
-from .moments import ILL_CONDITIONED, dense_moments, layout_of, pixel_moments, runs_eagerly
+from .moments import ILL_CONDITIONED, layout_of, pixel_moments, runs_eagerly
 from .statistics import expected_variance, unit_moments
 
 
@@ -49,41 +49,28 @@ def kn_conv2d(
     if padding[0] != padding[1] or padding[2] != padding[3]:  # convolutions pad symmetrically
         x, padding = F.pad(x, padding), [0, 0, 0, 0]
     p = dropout_p if statistics == "sampled" else 0.0
-
-    eager = False
-    if torch.jit.is_scripting():
-        mean, var = dense_moments(x, p)
-    else:
-        eager = runs_eagerly()
-        mean, var = pixel_moments(x, p, eager)
+    eager = runs_eagerly()
+    mean, var = pixel_moments(x, p, eager)
     pivot = mean.sum([2, 3], keepdim=True) / (image.shape[2] * image.shape[3])
     mu, var = unit_moments(mean, var, pivot, kernel_size, stride, padding, dilation)  # (N,1,H',W')
 
     shift: Tensor | None = None
     # Under dropout the noise of the mask is larger by far than the digits that are lost.
     if p == 0.0 and x.dtype == torch.float32 and not frozen:
-        if torch.jit.is_scripting():
-            shift = _middle_row(image)
-        else:
-            shift = _shift_if_needed(x, pivot, mu, var) if eager else _middle_row(image)
+        shift = _shift_if_needed(x, pivot, mu, var) if eager else _middle_row(image)
     if statistics == "expected":
         n = x.shape[1] * kernel_size[0] * kernel_size[1]
         var = expected_variance(mu + pivot, var, dropout_p, n)
     rstd = (var + eps).rsqrt()
 
     offset: Tensor | None = None
-    if p == 0.0 and groups == 1:
-        if not frozen:
-            weight = centred_filters(weight)
-    else:
+    if p > 0.0 or groups > 1:
         offset = mu + (pivot if shift is None else pivot - shift)
-    settings = (stride, padding, dilation, groups)
-    if torch.jit.is_scripting():
-        out = _dense_normalized_conv(x, weight, bias, rstd, offset, shift, *settings)
-    elif eager and shift is None:
-        out = _lean_normalized_conv(x, weight, bias, rstd, offset, *settings)
-    else:
-        out = _dense_normalized_conv(x, weight, bias, rstd, offset, shift, *settings)
+    elif not frozen:
+        weight = centred_filters(weight)
+    out = _normalized_conv(
+        x, weight, bias, rstd, offset, shift, stride, padding, dilation, groups, eager
+    )
     return out.squeeze(0) if unbatched else out
 
 
@@ -101,15 +88,39 @@ def _middle_row(x: Tensor) -> Tensor:
     return x[:, :, x.shape[2] // 2].mean([1, 2]).view(-1, 1, 1, 1)
 
 
+@torch.jit.unused
 def _shift_if_needed(x: Tensor, pivot: Tensor, mu: Tensor, var: Tensor) -> Tensor | None:
     """`pivot` for images with a window of |mean| > 16 std, else 0; None when no image has one.
 
     Run operation by operation, x - shift is a copy of x, too dear to be made without need.
     """
-    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):  # no look at the data
+    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):  # no look at the numbers
         return pivot
     ill = ((mu + pivot).square() > ILL_CONDITIONED * var).flatten(1).any(1)
     return torch.where(ill.view(-1, 1, 1, 1), pivot, 0.0) if bool(ill.any()) else None
+
+
+def _normalized_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rstd: Tensor,
+    offset: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eager: bool,
+) -> Tensor:
+    """(conv(x, weight) - offset * sum(weight)) * rstd + bias, in the form that suits."""
+    settings = (stride, padding, dilation, groups)
+    if torch.jit.is_scripting():
+        return _dense_normalized_conv(x, weight, bias, rstd, offset, shift, *settings)
+    else:
+        if eager and shift is None:
+            return _lean_normalized_conv(x, weight, bias, rstd, offset, *settings)
+        return _dense_normalized_conv(x, weight, bias, rstd, offset, shift, *settings)
 
 
 def _dense_normalized_conv(
@@ -124,7 +135,7 @@ def _dense_normalized_conv(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """(conv(x, weight) - offset * sum(weight)) * rstd + bias in plain operations.
+    """As `_normalized_conv`, in plain operations.
 
     With `shift`, `offset` is relative to it, and zero padding, which then is -shift, is put right
     by the sum of the weights that lie outside the image.
@@ -196,7 +207,7 @@ class _NormalizedConv(torch.autograd.Function):
 
 
 def _lean_normalized_conv(x, weight, bias, rstd, offset, stride, padding, dilation, groups):
-    """`_dense_normalized_conv` without a shift, through the operation that keeps little."""
+    """As `_normalized_conv` without a shift, by the operation that keeps little for backward."""
     gain = None if offset is None else weight.sum((1, 2, 3))
     device = x.device.type  # autocast knows some devices only; "meta", for one, it does not
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

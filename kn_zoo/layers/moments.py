@@ -32,21 +32,27 @@ def dense_moments(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def pixel_moments(x: Tensor, p: float, eager: bool) -> tuple[Tensor, Tensor]:
-    """The form of `dense_moments` that suits where it runs: outside torch.jit.script only."""
-    if p > 0.0 and (eager or x.device.type == "cpu"):  # a compiler's random numbers are slow there
-        return channel_moments(x, p, torch.randint(2**62, (), device="cpu"))
-    if eager:
-        return channel_moments(x, 0.0, torch.zeros((), dtype=torch.int64, device="cpu"))
-    return dense_moments(x, p)
+    """`dense_moments` in the form that suits where it runs."""
+    if torch.jit.is_scripting():
+        return dense_moments(x, p)
+    else:
+        if p > 0.0 and (eager or x.device.type == "cpu"):  # compiled random numbers are slow there
+            return channel_moments(x, p, torch.randint(2**62, (), device="cpu"))
+        if eager:
+            return channel_moments(x, 0.0, torch.zeros((), dtype=torch.int64, device="cpu"))
+        return dense_moments(x, p)
 
 
 def runs_eagerly() -> bool:
     """Whether operations run now, one by one: not compiled, exported, traced or transformed."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return not (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        )
 
 
 @torch.library.custom_op(
@@ -134,7 +140,7 @@ def layout_of(x: Tensor, maps: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.is_cuda:  # one fused pass, and no synchronization for a look at the condition
+    if x.device.type != "cpu":  # one fused pass there, and no wait for a look at the numbers
         return torch.var_mean(x, 1, correction=0, keepdim=True)[::-1]
     first, second = _channel_sums(x)
     mean = first / x.shape[1]

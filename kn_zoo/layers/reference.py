@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper as it is written, every window unfolded: for tests and benchmarks only."""
+"""Algorithm 1 of the paper as written, every window unfolded: for tests and benchmarks only."""
 
 import torch
 import torch.nn.functional as F
