@@ -247,7 +247,7 @@ def predict(
         with torch.inference_mode(), evaluate.exact_float32():
             probabilities = network(picture[None]).double().softmax(dim=1)
         print(one_line(path))
-        indices, values = evaluate.top5(probabilities)
+        indices, values = evaluate.best(probabilities, 5)
         for index, value in zip(indices[0].tolist(), values[0].tolist(), strict=True):
             print(f"  {100 * value:6.2f} %  {class_names[index]}")
     return 2 if failed else 0

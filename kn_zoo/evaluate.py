@@ -35,6 +35,9 @@ class Predictions:
     indices: np.ndarray  # (N, 5) int16, class ids; equal logits are ordered by class id
     logits: np.ndarray  # (N, 5) float32, never increasing along a row
     targets: np.ndarray  # (N,) int16
+    missed: np.ndarray | None = (
+        None  # (N,) float32, the sixth logit; known to `predict`, not stored
+    )
 
     def hits(self, k: int) -> np.ndarray:
         """(N,) bool: whether the true class is among the best `k` (at most 5)."""
@@ -98,7 +101,7 @@ def predict(
     model.to(device).eval()
     try:
         with torch.inference_mode(), exact_float32():
-            batches = [(*top5(model(images.to(device))), targets) for images, targets in loader]
+            batches = [(*best(model(images.to(device)), 6), targets) for images, targets in loader]
     finally:
         model.train(was_training)
     if not batches:
@@ -106,23 +109,22 @@ def predict(
     indices, logits, targets = (
         torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)
     )
+    missed = logits[:, 5] if logits.shape[1] > 5 else np.full(len(logits), -np.inf, np.float32)
     return Predictions(
-        indices.astype(np.int16), logits.astype(np.float32), targets.astype(np.int16)
+        indices[:, :5].astype(np.int16), logits[:, :5], targets.astype(np.int16), missed
     )
 
 
-def top5(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class ids and logits of the five largest of (N, classes), both (N, 5) on the CPU; ties by
-    class id."""
+def best(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class ids and float32 logits of the `k` largest of (N, classes), both (N, k) on the CPU."""
     # A stable sort, because the order in which torch.topk returns equal values is not defined.
     values, indices = logits.float().sort(dim=1, descending=True, stable=True)
-    return indices[:, :5].cpu(), values[:, :5].cpu()
+    return indices[:, :k].cpu(), values[:, :k].cpu()
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Full float32 products: on a GPU TensorFloat-32 keeps 10 bits, which moves logits by more than
-    `NEAR_TIE`."""
+    """Full float32 products; a GPU's TensorFloat-32 would move logits by more than `NEAR_TIE`."""
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -137,20 +139,17 @@ class Comparison:
     """Image numbers, in rising order, of what `compare` found."""
 
     mismatches: np.ndarray  # differ by more than rounding can explain
-    reordered: np.ndarray  # another order of the top five, explained by rounding: no mismatch
-    near_ties: (
-        np.ndarray
-    )  # the two best stored logits are closer than the bound, whether reordered or not
+    reordered: np.ndarray  # another order of the five, explained by rounding: no mismatch
+    near_ties: np.ndarray  # the two best stored logits differ by no more than the bound
 
 
 def compare(found: Predictions, stored: Predictions, bound: float = NEAR_TIE) -> Comparison:
-    """Which images of `found` cannot be what `stored` was, if each logit may have moved by at most
-    `bound` / 2.
+    """Find the images of which `found` and `stored` cannot be the same up to rounding.
 
-    That is the case when a class listed in both has logits further apart than that, or when a class
-    listed in only one has a logit that would have put it above the other's fifth. So classes may
-    trade places only where their stored logits are closer than `bound`. Another target, or a logit
-    that is not a number, is a mismatch.
+    They can if every logit need only have moved by up to `bound` / 2: a class that both list has
+    logits no further apart than that, and a class that only one lists was no further above the
+    best logit that the other left out. So classes trade places only where their logits are closer
+    than `bound`. Another target, stored logits out of order, and NaN are mismatches too.
 
     Raises `ValueError` if the two have different shapes.
     """
@@ -159,11 +158,11 @@ def compare(found: Predictions, stored: Predictions, bound: float = NEAR_TIE) ->
     tolerance = bound / 2
     same = found.indices[:, :, None] == stored.indices[:, None, :]  # (N, found, stored)
     apart = np.abs(found.logits[:, :, None] - stored.logits[:, None, :])
-    shared_agree = (~same | (apart <= tolerance)).all(axis=(1, 2))
-    only_found = ~same.any(axis=2) & ~(found.logits <= stored.logits[:, -1:] + tolerance)
-    only_stored = ~same.any(axis=1) & ~(stored.logits <= found.logits[:, -1:] + tolerance)
-    finite = np.isfinite(found.logits).all(axis=1) & np.isfinite(stored.logits).all(axis=1)
-    explained = shared_agree & ~only_found.any(axis=1) & ~only_stored.any(axis=1) & finite
+    explained = (~same | (apart <= tolerance)).all(axis=(1, 2))
+    explained &= _may_be_unlisted(found, ~same.any(axis=2), stored, tolerance)
+    explained &= _may_be_unlisted(stored, ~same.any(axis=1), found, tolerance)
+    explained &= (np.diff(stored.logits) <= 0).all(axis=1)
+    explained &= np.isfinite(found.logits).all(axis=1) & np.isfinite(stored.logits).all(axis=1)
     explained &= found.targets == stored.targets
     reordered = (found.indices != stored.indices).any(axis=1)
     first, second = stored.logits[:, 0], stored.logits[:, min(1, stored.logits.shape[1] - 1)]
@@ -172,3 +171,11 @@ def compare(found: Predictions, stored: Predictions, bound: float = NEAR_TIE) ->
         reordered=np.flatnonzero(explained & reordered),
         near_ties=np.flatnonzero(explained & (first - second <= bound)),
     )
+
+
+def _may_be_unlisted(
+    one: Predictions, classes: np.ndarray, other: Predictions, tolerance: float
+) -> np.ndarray:
+    """(N,) bool: whether the `classes` (N, 5) of `one` were low enough for `other` not to list."""
+    limit = other.logits[:, -1] if other.missed is None else other.missed
+    return np.all(~classes | (one.logits <= limit[:, None] + tolerance), axis=1)
