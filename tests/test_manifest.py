@@ -245,9 +245,9 @@ assert not outside, outside
 def test_importing_is_cheap_and_touches_nothing() -> None:
     root = str(manifest.PACKAGE.parent)
     command = [sys.executable, "-c", IMPORT, root]
-    seconds = []
-    for _ in range(3):
+    for _ in range(3):  # another process may be in the way of one of them
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.2
+        if float(done.stdout) < 0.2:
+            return
+    pytest.fail(f"importing kn_zoo took {done.stdout} s of processor time")
