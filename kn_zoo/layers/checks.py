@@ -1,6 +1,13 @@
 """What the layers refuse, and the cure."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    Ints = list[int] | tuple[int, ...]
+else:  # what TorchScript calls it; it takes tuples too
+    Ints = list[int]
 
 INFERENCE_STATISTICS = ("expected", "plain", "sampled")
 
@@ -29,9 +36,7 @@ def padding_sides(padding: int | tuple[int, ...]) -> tuple[int, int, int, int]:
     return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
-def check_window(
-    x: Tensor, kernel_size: list[int], padding: list[int], dilation: list[int]
-) -> None:
+def check_window(x: Tensor, kernel_size: Ints, padding: Ints, dilation: Ints) -> None:
     """Refuse an input (N, C, H, W) too small for one window."""
     height = x.shape[2] + padding[2] + padding[3]
     width = x.shape[3] + padding[0] + padding[1]

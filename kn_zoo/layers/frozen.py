@@ -13,17 +13,17 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class FrozenKNConv2d(nn.Module):
     """conv(x, W - mean(W)) * rstd + b, with the mean taken off the filters once."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: KNConv2d) -> None:
         super().__init__()
         weight = layer.weight.detach()
         self.register_buffer("weight", centred_filters(weight) if layer.groups == 1 else weight)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        self.stride, self.padding_sides, self.dilation = (
-            layer.stride,
-            layer.padding_sides,
-            layer.dilation,
-        )
-        self.groups, self.dropout_p, self.eps = layer.groups, layer.dropout_p, layer.eps
+        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+        self.padding_sides = layer.padding_sides
+        self.dropout_p, self.eps = layer.dropout_p, layer.eps
         self.inference_statistics = layer.inference_statistics
 
     def forward(self, x: Tensor) -> Tensor:

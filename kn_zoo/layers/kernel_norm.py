@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_settings, check_window, padding_sides
+from .checks import Ints, check_settings, check_window, padding_sides
 from .moments import pixel_moments, runs_eagerly
 from .statistics import expected_variance, unit_moments
 
@@ -12,9 +12,9 @@ from .statistics import expected_variance, unit_moments
 @torch.fx.wrap
 def kernel_norm(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
     dropout_p: float,
     statistics: str,
     eps: float,
@@ -38,22 +38,20 @@ def kernel_norm(
     return out.squeeze(0) if unbatched else out
 
 
-def _side_by_side(
-    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
-) -> Tensor:
+def _side_by_side(x: Tensor, kernel_size: Ints, stride: Ints, padding: Ints) -> Tensor:
     """Windows of kh x kw, copied so that none overlaps: (N, C, H, W) -> (N, C, H'*kh, W'*kw)."""
     if max(padding) > 0:
         x = F.pad(x, padding)
-    if kernel_size == [1, 1] and stride == [1, 1]:
+    if max(kernel_size) == 1 and max(stride) == 1:
         return x
     windows = x.unfold(2, kernel_size[0], stride[0]).unfold(3, kernel_size[1], stride[1])
     windows = windows.transpose(3, 4)  # (N, C, H', W', kh, kw) -> (N, C, H', kh, W', kw)
     return windows.flatten(4, 5).flatten(2, 3)
 
 
-def _over_windows(maps: Tensor, kernel_size: list[int]) -> Tensor:
+def _over_windows(maps: Tensor, kernel_size: Ints) -> Tensor:
     """One number a window to one a pixel: (N, 1, H', W') -> (N, 1, H'*kh, W'*kw)."""
-    if kernel_size == [1, 1]:
+    if max(kernel_size) == 1:
         return maps
     return maps.repeat_interleave(kernel_size[0], 2).repeat_interleave(kernel_size[1], 3)
 

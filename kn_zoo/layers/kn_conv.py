@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_settings, check_window, padding_sides
+from .checks import Ints, check_settings, check_window, padding_sides
 from .moments import ILL_CONDITIONED, layout_of, pixel_moments, runs_eagerly
 from .statistics import expected_variance, unit_moments
 
@@ -25,9 +25,9 @@ def kn_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
     groups: int,
     dropout_p: float,
     statistics: str,
@@ -107,9 +107,9 @@ def _normalized_conv(
     rstd: Tensor,
     offset: Tensor | None,
     shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
     groups: int,
     eager: bool,
 ) -> Tensor:
@@ -130,9 +130,9 @@ def _dense_normalized_conv(
     rstd: Tensor,
     offset: Tensor | None,
     shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
     groups: int,
 ) -> Tensor:
     """As `_normalized_conv`, in plain operations.
@@ -188,7 +188,8 @@ class _NormalizedConv(torch.autograd.Function):
         x, weight, numerator, rstd, offset, gain = ctx.saved_tensors
         need_x, need_weight, need_bias, need_rstd, need_offset, need_gain = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # to be differentiated again: tie it to x and weight
-            numerator = F.conv2d(x, weight, None, *ctx.conv[:3], ctx.conv[5])
+            stride, pads, dilation, _, _, groups = ctx.conv
+            numerator = F.conv2d(x, weight, None, stride, pads, dilation, groups)
             if offset is not None:
                 numerator = numerator - offset * _per_channel(gain)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None

@@ -16,18 +16,21 @@ their expectation over the mask is `expected_variance`; the expected mean is the
 Source: Nasirigerdeh et al., Kernel Normalized Convolutional Networks, TMLR 2024, arXiv 2205.10089.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import Ints
 
 
 def unit_moments(
     mean: Tensor,
     var: Tensor,
     pivot: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
 ) -> tuple[Tensor, Tensor]:
     """Mean minus `pivot`, and variance, of every unit: two maps (N, 1, H', W').
 
@@ -42,9 +45,7 @@ def unit_moments(
     return mu, (square - mu * mu).clamp_min(0.0)
 
 
-def box_mean(
-    maps: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
-) -> Tensor:
+def box_mean(maps: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints) -> Tensor:
     """Mean over each window of a one-channel map: (N, 1, H, W) -> (N, 1, H', W')."""
     if kernel_size[0] == 1 and kernel_size[1] == 1:
         return maps[:, :, :: stride[0], :: stride[1]]
@@ -52,8 +53,12 @@ def box_mean(
         return F.avg_pool2d(maps, kernel_size, stride)
     height = (maps.shape[2] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
     width = (maps.shape[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
-    windows = F.unfold(maps, kernel_size, dilation, [0, 0], stride)  # (N, kh*kw, H'*W')
-    return windows.mean(1, keepdim=True).unflatten(2, [height, width])
+    shifted: list[Tensor] = []
+    for row in range(kernel_size[0]):
+        for column in range(kernel_size[1]):
+            rows = maps[:, :, row * dilation[0] :: stride[0]]
+            shifted.append(rows[:, :, :height, column * dilation[1] :: stride[1]][..., :width])
+    return torch.stack(shifted).mean(0)
 
 
 def expected_variance(mu: Tensor, var: Tensor, p: float, n: int) -> Tensor:
