@@ -1,5 +1,6 @@
 """torch.hub from a clean process; the real Hugging Face client against a Hub on this machine."""
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import tiny_zoo
 import torch
 from tiny_zoo import ARCHITECTURE, NAME, Child, Zoo
 
-from kn_zoo import bundle, manifest
+from kn_zoo import bundle, manifest, weights
 
 REPOSITORY, COMMIT = "owner/tiny", "c" * 40
 
@@ -137,21 +138,21 @@ def test_the_hub_client(zoo: Zoo, package: Path, hub: Hub, tmp_path: Path) -> No
         refused(lost, "MissingWeights", "owner/gone", hub.endpoint, "Upgrade kn_zoo")
         planned = child.load(f"{ARCHITECTURE}.planned")
         refused(planned, "MissingWeights", "train_scripts/train.py train_scripts/recipes/tiny.yaml")
-        weights_file = hub.files.pop(manifest.WEIGHTS_FILE)
+        stored = hub.files.pop(manifest.WEIGHTS_FILE)
         missing = child.load(NAME, cache_dir=next(caches))
         refused(missing, "MissingWeights", "does not exist", "Upgrade kn_zoo")
 
         # another file in its place: longer, cut, empty, of the same length
-        for wrong in (weights_file[:-1] + b"\0\0", weights_file[:-1], b"", weights_file[::-1]):
+        for wrong in (stored[:-1] + b"\0\0", stored[:-1], b"", stored[::-1]):
             hub.files[manifest.WEIGHTS_FILE] = wrong
-            hashes = hashlib.sha256(wrong).hexdigest(), hashlib.sha256(weights_file).hexdigest()
+            hashes = hashlib.sha256(wrong).hexdigest(), hashlib.sha256(stored).hexdigest()
             for name in (NAME, f"hf-hub:{REPOSITORY}"):
                 refused(child.load(name, cache_dir=next(caches)), "CorruptWeights", *hashes)
         spoilt = next(caches)
         refused(child.load(NAME, cache_dir=spoilt), "CorruptWeights", f"Delete {spoilt}")
 
         # the cure works: delete the file that the message names, and load again
-        hub.files[manifest.WEIGHTS_FILE] = weights_file
+        hub.files[manifest.WEIGHTS_FILE] = stored
         message = child.load(NAME, cache_dir=spoilt)["message"]
         Path(message.partition("Delete ")[2].partition(" and get")[0]).unlink()
         assert child.load(NAME, cache_dir=spoilt) == right
@@ -173,10 +174,8 @@ def test_the_hub_client(zoo: Zoo, package: Path, hub: Hub, tmp_path: Path) -> No
 def test_a_bundle_comes_from_the_hub_as_a_whole(
     zoo: Zoo, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process, with the client's endpoint put on the Hub of this machine."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    client = functools.partial(weights.hf_hub_download, endpoint=hub.endpoint)
+    monkeypatch.setattr(weights, "hf_hub_download", client)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     weight = tiny_zoo.replace(zoo.weight, bundle=False, hub=manifest.Hub(REPOSITORY, COMMIT))
     found = bundle.get(weight, tmp_path)

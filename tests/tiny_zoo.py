@@ -139,13 +139,14 @@ class Child:
     """Another process that loads models by name from a package in `folder`."""
 
     def __init__(self, folder: Path, **environment: str):
+        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         )
 
     def load(self, name: str, **options: Any) -> dict[str, str]:
