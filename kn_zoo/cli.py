@@ -125,7 +125,7 @@ def columns(weight: Weight) -> list[str]:
         f"{accuracy.top1:.2f}{note}",
         "" if accuracy.top5 is None else f"{accuracy.top5:.2f}{note}",
         f"{weight.parameters:,}",
-        f"{weight.flops / 1e9:.3g} G",
+        f"{weight.flops / 1e9:.2f} G",
         origin(weight),
     ]
 
