@@ -3,13 +3,15 @@
     python train_scripts/train.py train_scripts/recipes/knpreactresnet20_cifar.digits.yaml
     accelerate launch --num_processes 8 train_scripts/train.py RECIPE           # several devices
 
-A checkpoint is written after every epoch to runs/NAME/; the same command takes up from the last one,
-with the state of every random generator, so an interrupted run ends where an uninterrupted one does.
+A checkpoint is written after every epoch to runs/NAME/; the same command takes up from the last
+one, with the state of every random generator, so an interrupted run ends where an uninterrupted one
+does.
 The recipe decides everything that changes the result; the options only say where things are.
 """
 
 import os
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,8 +32,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import kn_zoo
-from kn_zoo import bundle, data, evaluate, manifest
+from kn_zoo import bundle, cli, data, evaluate, manifest
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
 
@@ -93,6 +96,7 @@ class History:
         manifest.write_text(path, "\n".join(lines) + "\n")
 
 
+@app.command()
 def main(
     recipe: Annotated[Path, typer.Argument(help="a YAML file, such as those in recipes/")],
     output: Annotated[Path | None, typer.Option(help="run folder [default: runs/NAME]")] = None,
@@ -102,15 +106,16 @@ def main(
     in_package: Annotated[
         bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")
     ] = False,
-) -> None:
+) -> int:
     """Train RECIPE, or take up where its last checkpoint left off, and write its bundle."""
     try:
         settings = Recipe.read(recipe)
         folder = output or Path("runs") / settings.name
         train(settings, recipe, folder, data_dir, download, workers, in_package)
     except (UserError, data.MissingData, manifest.ManifestError, OSError, ValueError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        print(f"train.py: {cli.one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def train(
@@ -329,4 +334,4 @@ def accuracies(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(cli.run(app))

@@ -1,0 +1,60 @@
+"""Write the generated parts of README.md anew: the table of weights, from the manifest.
+
+With --check nothing is written; the exit status is 1 if something would be.
+"""
+
+import sys
+from pathlib import Path
+
+from kn_zoo import manifest
+from kn_zoo.manifest import Weight
+
+README = Path(__file__).parents[1] / "README.md"
+STATISTICS = ("expected", "plain", "sampled")
+
+
+def weights_table() -> str:
+    """Markdown table of every weight in the manifest."""
+    head = ["weight", "evaluated on", "images", *STATISTICS, "parameters", "GFLOPs", "reported by"]
+    rows = [head, ["---"] * 2 + ["---:"] * 6 + ["---"]]
+    rows += [weight_row(weight) for weight in manifest.load().values()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def weight_row(weight: Weight) -> list[str]:
+    accuracies = weight.reported.statistics
+    top1 = [f"{accuracies[name].top1:.2f}" if name in accuracies else "" for name in STATISTICS]
+    return [
+        f"`{weight.name}`" + ("" if weight.available else " (not available yet)"),
+        f"{weight.dataset.name} {weight.dataset.split}",
+        f"{weight.dataset.images:,}",
+        *top1,
+        f"{weight.parameters:,}",
+        f"{weight.flops / 1e9:.3g}",
+        weight.reported.by,
+    ]
+
+
+def replaced(text: str, section: str, content: str) -> str:
+    """`text` with what stands between the markers of `section` replaced."""
+    begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"README.md has lost its markers {begin} ... {end}: restore them with git")
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def main(check: bool) -> int:
+    text = README.read_text(encoding="utf-8")
+    fresh = replaced(text, "weights", weights_table())
+    if check:
+        return int(fresh != text)
+    if fresh != text:
+        manifest.write_text(README, fresh)
+        print(f"wrote {README}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
