@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from kn_zoo import __version__, manifest, weights
 from kn_zoo.evaluate import NEAR_TIE, Predictions
 from kn_zoo.manifest import WEIGHTS_FILE, File, Weight
+from kn_zoo.weights import CONFIG
 
-CONFIG, CARD, RECIPE = "config.json", "README.md", "recipe.yaml"
+CARD, RECIPE = "README.md", "recipe.yaml"
 LOG, PREDICTIONS, ENVIRONMENT = "train_log.csv", "predictions.npz", "environment.txt"
 PAPER = "https://openreview.net/forum?id=Uv3XVAEgG6"
 CITATION = f"""@article{{nasirigerdeh2024kernelnorm,
@@ -242,8 +243,8 @@ def card(weight: Weight) -> str:
 {front_matter}---
 # {weight.name}
 
-A Kernel Normalized network ([paper]({PAPER})) of the model zoo `kn_zoo`, trained on
-{weight.dataset.name}.
+A network of the model zoo `kn_zoo`, trained on {weight.dataset.name}; \
+[the paper]({PAPER}) behind the zoo.
 
 ```python
 import kn_zoo, timm
@@ -255,14 +256,14 @@ import kn_zoo, timm
 |---|---|---|
 {chr(10).join(lines)}
 
-Measured on {weight.dataset.images:,} images ({weight.dataset.name}, {weight.dataset.split}) by
-{weight.reported.by}. `predictions.npz` holds the top classes of each image;
+Measured on {weight.dataset.images:,} images ({weight.dataset.name}, {weight.dataset.split}) by \
+{weight.reported.by}. `predictions.npz` holds the top classes of each image; \
 `python eval/verify.py {weight.name}` computes them again.
 
 - Parameters: {weight.parameters:,}
 - FLOPs of one image {size}: {weight.flops:,} (a multiplication and an addition are two)
-- Preprocessing: {steps.interpolation} resize, {steps.crop_mode} crop {steps.crop_pct:g},
-  mean {list(steps.mean)}, std {list(steps.std)}
+- Preprocessing: {steps.interpolation} resize, {steps.crop_mode} crop {steps.crop_pct:g}, \
+mean {list(steps.mean)}, std {list(steps.std)}
 - File: {stored}
 - Recipe: `{weight.recipe}`; seeds {", ".join(map(str, weight.seeds))}
 - Licence of the code: {weight.licenses.code}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -27,7 +27,7 @@ from torch import Tensor
 from kn_zoo import manifest
 from kn_zoo.manifest import WEIGHTS_FILE, File, Weight
 
-MARKER = "kn_zoo_weight"  # the key of a bundle's config.json that names its weight
+CONFIG, MARKER = "config.json", "kn_zoo_weight"  # a bundle's config.json names its weight
 _SOURCES = ("state_dict", "file", "hf_hub_id", "url")  # in the order of timm's preference
 
 
@@ -59,7 +59,7 @@ def checked_source(
     """
     overlay = _let_users_source_win(dict(pretrained_cfg_overlay or {}))
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    weight = identify(cfg)
+    weight = identify(cfg, cache_dir)
     if weight is None:
         if not (cfg.has_weights or cfg.state_dict):
             raise MissingWeights(f"There are no weights for {variant}. {_how_to_train(None)}")
@@ -84,16 +84,20 @@ def model_args(
     return dict(weight.model_args) if weight else {}
 
 
-def identify(cfg: PretrainedCfg) -> Weight | None:
-    """The manifest's weight that timm would load for a cfg; None for what is the user's own."""
+def identify(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Weight | None:
+    """The manifest's weight that timm would load for a cfg; None for what is the user's own.
+
+    A bundle is known by its place, or by the mark in its ``config.json``. A model that the user
+    trained further and saved with timm has neither, though it keeps the tag.
+    """
     if cfg.source == "hf-hub":
-        return _in_repository(cfg.hf_hub_id)
+        return _in_repository(cfg.hf_hub_id, cache_dir)
     if cfg.state_dict:
         return None
     if cfg.file:
         return _in_folder(_folder(cfg.file))
     if cfg.hf_hub_id:
-        return _in_repository(cfg.hf_hub_id)
+        return _in_repository(cfg.hf_hub_id, cache_dir)
     return None if cfg.url else manifest.load().get(f"{cfg.architecture}.{cfg.tag}")
 
 
@@ -140,10 +144,24 @@ def _let_users_source_win(overlay: dict[str, Any]) -> dict[str, Any]:
     return {"source": None, **dict.fromkeys(_SOURCES[: _SOURCES.index(named)]), **overlay}
 
 
-def _in_repository(hub_id: str | None) -> Weight | None:
-    repository = (hub_id or "").partition("@")[0].lower()
+def _in_repository(hub_id: str | None, cache_dir: str | Path | None) -> Weight | None:
+    repository, _, revision = (hub_id or "").partition("@")
     published = [weight for weight in manifest.load().values() if weight.file and weight.hub]
-    return next((w for w in published if w.hub and w.hub.repository.lower() == repository), None)
+    for weight in published:
+        if weight.hub and weight.hub.repository.lower() == repository.lower():
+            return weight
+    # A copy of a bundle under another name: timm has just fetched its config.json.
+    config = try_to_load_from_cache(repository, CONFIG, cache_dir, revision or None)
+    return _marked(Path(config)) if isinstance(config, str) else None
+
+
+def _marked(config: Path) -> Weight | None:
+    """The weight that a ``config.json`` says it belongs to."""
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get(MARKER)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return manifest.load().get(name)
 
 
 def _folder(file: str) -> Path | None:
@@ -155,16 +173,11 @@ def _folder(file: str) -> Path | None:
 
 
 def _in_folder(folder: Path | None) -> Weight | None:
-    """The weight of a bundle, by its place in the package or the mark in its ``config.json``.
-
-    A model that the user trained further and saved with timm has neither, though it keeps the tag.
-    """
     if folder is None:
         return None
-    name = folder.name if folder.resolve().parent == manifest.PRETRAINED else None
-    if name is None and (config := folder / "config.json").is_file():
-        name = json.loads(config.read_text(encoding="utf-8")).get(MARKER)
-    return manifest.load().get(name) if name else None
+    if folder.resolve().parent == manifest.PRETRAINED:
+        return manifest.load().get(folder.name)
+    return _marked(folder / CONFIG)
 
 
 def _place(weight: Weight, cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
@@ -233,7 +246,10 @@ def _replace(path: Path) -> str:
     """How to get the right file into the place of a wrong one."""
     if path.resolve().is_relative_to(manifest.PRETRAINED):
         return "Install kn_zoo again, or restore the file with git."
-    return f"Delete {path.resolve()} and get it again, at the revision that the manifest names."
+    return (
+        f"Delete {path.resolve()} and get it again, at the revision that the manifest names; "
+        f"if the weights are your own, take {MARKER} out of the {CONFIG} beside them."
+    )
 
 
 def _not_available(weight: Weight) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 import timm
 import tiny_zoo
 import torch
+from safetensors.torch import save as to_safetensors
 from tiny_zoo import ARCHITECTURE, NAME, Child, Zoo
 
 from kn_zoo import bundle, manifest, weights
 
-REPOSITORY, COMMIT = "owner/tiny", "c" * 40
+REPOSITORY, MIRROR, OWN = "owner/tiny", "someone/mirror", "someone/own"
+COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
@@ -50,13 +53,17 @@ class Request(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         repository, _, place = self.path.strip("/").partition("/resolve/")
         revision, _, name = place.partition("/")
-        if repository != REPOSITORY:
+        if repository not in (REPOSITORY, MIRROR, OWN):
             return self.refuse("RepoNotFound")
         if revision not in (COMMIT, "main"):
             return self.refuse("RevisionNotFound")
         if name not in self.server.files:
             return self.refuse("EntryNotFound")
         data = self.server.files[name]
+        if repository == OWN and name == bundle.CONFIG:  # as timm saves a user's own model
+            config = json.loads(data)
+            config.pop(weights.MARKER)
+            data = json.dumps(config).encode()
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
@@ -104,8 +111,8 @@ def hub(zoo: Zoo) -> Iterator[Hub]:
         server.stop()
 
 
-def digest(zoo: Zoo) -> str:
-    numbers = b"".join(x.numpy().tobytes() for x in zoo.model.state_dict().values())
+def digest(model: torch.nn.Module) -> str:
+    numbers = b"".join(x.numpy().tobytes() for x in model.state_dict().values())
     return hashlib.sha256(numbers).hexdigest()
 
 
@@ -117,7 +124,7 @@ def refused(answer: dict[str, str], error: str, *said: str) -> None:
 
 
 def test_the_hub_client(zoo: Zoo, package: Path, hub: Hub, tmp_path: Path) -> None:
-    right = {"sha256": digest(zoo)}
+    right = {"sha256": digest(zoo.model)}
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     environment.update(HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_TELEMETRY="1")
     caches = map(str, (tmp_path / f"cache{i}" for i in range(100)))
@@ -130,6 +137,7 @@ def test_the_hub_client(zoo: Zoo, package: Path, hub: Hub, tmp_path: Path) -> No
             f"hf-hub:{REPOSITORY}",
             f"hf-hub:{REPOSITORY}@{COMMIT}",
             f"hf-hub:{REPOSITORY}@main",
+            f"hf-hub:{MIRROR}",
         ):
             assert child.load(name, cache_dir=next(caches)) == right
 
@@ -146,8 +154,13 @@ def test_the_hub_client(zoo: Zoo, package: Path, hub: Hub, tmp_path: Path) -> No
         for wrong in (stored[:-1] + b"\0\0", stored[:-1], b"", stored[::-1]):
             hub.files[manifest.WEIGHTS_FILE] = wrong
             hashes = hashlib.sha256(wrong).hexdigest(), hashlib.sha256(stored).hexdigest()
-            for name in (NAME, f"hf-hub:{REPOSITORY}"):
+            for name in (NAME, f"hf-hub:{REPOSITORY}", f"hf-hub:{MIRROR}@{COMMIT}"):
                 refused(child.load(name, cache_dir=next(caches)), "CorruptWeights", *hashes)
+        hub.files[manifest.WEIGHTS_FILE] = to_safetensors(tiny_zoo.network(1).state_dict())
+        refused(child.load(f"hf-hub:{MIRROR}", cache_dir=next(caches)), "CorruptWeights")
+        own = child.load(f"hf-hub:{OWN}", cache_dir=next(caches))
+        assert own == {"sha256": digest(tiny_zoo.network(1))}, "not in the manifest, not compared"
+
         spoilt = next(caches)
         refused(child.load(NAME, cache_dir=spoilt), "CorruptWeights", f"Delete {spoilt}")
 
