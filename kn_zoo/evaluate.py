@@ -2,7 +2,12 @@
 
 A prediction is reproducible on another machine up to float32 rounding: another CPU, GPU or batch
 size sums a convolution in another order. `LOGIT_TOLERANCE` says how far that can move a logit; two
-logits closer than `NEAR_TIE` = twice that may trade places, and nothing else may differ.
+logits closer than `NEAR_TIE`, twice that, may trade places, and nothing else may differ.
+
+Measured with weights of knpreactresnet20_cifar (logits up to 11; x86, torch 2.15): a logit moves by
+up to 3e-5 between batch sizes 1, 7 and 256, by 3e-4 without oneDNN, and is within 5e-4 of float64.
+Kernel normalization divides a window of nearly equal pixels by sqrt(eps) = 0.003, which enlarges
+rounding there. The tolerance is ten times the largest of these, a thousandth of the logits' range.
 """
 
 import copy
@@ -23,21 +28,19 @@ from torchvision import transforms
 
 from kn_zoo.data import Images
 
-LOGIT_TOLERANCE = 1e-3
+LOGIT_TOLERANCE = 5e-3
 NEAR_TIE = 2 * LOGIT_TOLERANCE
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The five best classes of each image, best first (fewer if there are fewer classes), and the
-    truth."""
+    """The five best classes of each image, best first, or all if there are fewer, and the truth."""
 
     indices: np.ndarray  # (N, 5) int16, class ids; equal logits are ordered by class id
     logits: np.ndarray  # (N, 5) float32, never increasing along a row
     targets: np.ndarray  # (N,) int16
-    missed: np.ndarray | None = (
-        None  # (N,) float32, the sixth logit; known to `predict`, not stored
-    )
+    # (N,) float32, the sixth logit, -inf if there is none; `predict` knows it, bundles do not.
+    missed: np.ndarray | None = None
 
     def hits(self, k: int) -> np.ndarray:
         """(N,) bool: whether the true class is among the best `k` (at most 5)."""
