@@ -285,22 +285,25 @@ def test_low_precision_modules_run_and_learn():
 @settings(max_examples=40, deadline=None)
 def test_memory_format_is_kept(drawn):
     layer, x = drawn
-    wide = torch.cat([x, x]).to(memory_format=torch.channels_last)
-    y = layer.eval()(wide)
+    wide = torch.cat([x, x]).double().to(memory_format=torch.channels_last)
+    y = layer.double().eval()(wide)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y, layer(wide.contiguous()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, layer(wide.contiguous()), rtol=1e-9, atol=1e-9)
 
 
 @given(convolutions(), st.sampled_from([0.0, 100.0]))
 @settings(max_examples=60, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(drawn, offset):
-    """Neighbours far from zero mean take the careful path; the sample itself must not notice."""
+    """Neighbours far from zero mean take the careful path; the sample itself must not notice.
+
+    A window of one number has no variance: its rstd of 316 enlarges what rounding leaves of zero.
+    """
     layer, x = drawn
     layer.eval()
     others = torch.randn(2, *x.shape[1:]) + offset
     alone = layer(x[:1])
     together = layer(torch.cat([x[:1], others]))[:1]
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=5e-4)
 
 
 @given(convolutions())

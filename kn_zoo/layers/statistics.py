@@ -16,7 +16,6 @@ their expectation over the mask is `expected_variance`; the expected mean is the
 Source: Nasirigerdeh et al., Kernel Normalized Convolutional Networks, TMLR 2024, arXiv 2205.10089.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,19 +45,21 @@ def unit_moments(
 
 
 def box_mean(maps: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints) -> Tensor:
-    """Mean over each window of a one-channel map: (N, 1, H, W) -> (N, 1, H', W')."""
-    if kernel_size[0] == 1 and kernel_size[1] == 1:
-        return maps[:, :, :: stride[0], :: stride[1]]
-    if dilation[0] == 1 and dilation[1] == 1:
-        return F.avg_pool2d(maps, kernel_size, stride)
-    height = (maps.shape[2] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
-    width = (maps.shape[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
-    shifted: list[Tensor] = []
-    for row in range(kernel_size[0]):
-        for column in range(kernel_size[1]):
-            rows = maps[:, :, row * dilation[0] :: stride[0]]
-            shifted.append(rows[:, :, :height, column * dilation[1] :: stride[1]][..., :width])
-    return torch.stack(shifted).mean(0)
+    """Mean over each window of a one-channel map: (N, 1, H, W) -> (N, 1, H', W').
+
+    By kh + kw shifted additions, first over rows, then over columns: for a single channel many
+    times faster than average pooling on a CPU, and it takes any stride and dilation.
+    """
+    for dim in (2, 3):
+        size, step, apart = kernel_size[dim - 2], stride[dim - 2], dilation[dim - 2]
+        last = maps.shape[dim] - apart * (size - 1)  # one past the first pixel of the last window
+        total = maps[:, :, 0:last:step] if dim == 2 else maps[:, :, :, 0:last:step]
+        for i in range(apart, apart * size, apart):
+            total = total + (
+                maps[:, :, i : i + last : step] if dim == 2 else maps[:, :, :, i : i + last : step]
+            )
+        maps = total
+    return maps / (kernel_size[0] * kernel_size[1])
 
 
 def expected_variance(mu: Tensor, var: Tensor, p: float, n: int) -> Tensor:
