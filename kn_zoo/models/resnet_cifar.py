@@ -25,7 +25,8 @@ class Stem(nn.Conv2d):
     """A 3x3 convolution that refuses images smaller than a pixel of the last map."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(check_size(x, REDUCTION), self.weight, self.bias)
+        x = check_size(x, 8)  # a literal REDUCTION: a script knows no globals
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class ResNetCifar(ResNet):
