@@ -265,6 +265,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, norm: Norm, **kwargs: Any) -> nn.Module:
+    if not variant.startswith("kn"):
+        _check_baseline(variant, norm, kwargs)
     small_stem = kwargs["small_stem"] = variant.endswith("_cifar")
     maps = len(kwargs["depths"]) + (not small_stem)
     return build(
@@ -276,6 +278,15 @@ def _create(variant: str, pretrained: bool, norm: Norm, **kwargs: Any) -> nn.Mod
         norm=norm,
         **kwargs,
     )
+
+
+def _check_baseline(variant: str, norm: str, kwargs: dict[str, Any]) -> None:
+    """A baseline has no kernel normalization, nor takes what only that has a use for."""
+    if norm == "kernel":
+        raise ValueError(f"norm='kernel': use kn{variant}")
+    for name in ("dropout_p", "inference_statistics"):
+        if name in kwargs:
+            raise TypeError(f"{variant} got an unexpected argument {name!r}: use kn{variant}")
 
 
 RESNET18 = dict(block=PreActBasic, depths=(2, 2, 2, 2))

@@ -45,6 +45,7 @@ class ResNetCifar(ResNet):
         block: Any,
         layers: tuple[int, ...],
         norm: Norm = "batch",
+        in_chans: int = 3,
         output_stride: int = REDUCTION,
         device: Any = None,
         dtype: Any = None,
@@ -55,11 +56,17 @@ class ResNetCifar(ResNet):
         if output_stride not in (8, 4, 2):
             raise ValueError(f"output_stride={output_stride}: use 8, 4 or 2")
         super().__init__(
-            block, layers, norm_layer=NORMS[norm], output_stride=4 * output_stride, **kwargs
+            block,
+            layers,
+            in_chans=in_chans,
+            output_stride=4 * output_stride,
+            norm_layer=NORMS[norm],
+            **kwargs,
         )
+        self.in_chans = in_chans
         feature_info: Features = self.feature_info
         width = feature_info[0]["num_chs"]
-        stem = Stem(self.in_chans, width, 3, padding=1, bias=False)
+        stem = Stem(in_chans, width, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.conv1, self.maxpool = stem, nn.Identity()  # type: ignore[assignment]
         for info in feature_info:
