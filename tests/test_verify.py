@@ -172,18 +172,20 @@ def test_a_near_tie_is_listed_and_no_mismatch(
     middle = logits[image, :2].mean()
     logits[image, :2] = middle + NEAR_TIE / 8, middle - NEAR_TIE / 8
     indices[image, :2] = indices[image, 1::-1]
-    edit(NAME, logits=logits, indices=indices)
+    targets = truth.targets.copy()
+    targets[image] = truth.indices[image, 0]  # right here, wrong there
+    edit(NAME, logits=logits, indices=indices, targets=targets)
 
     def close(model: Any, *arguments: Any, **options: Any) -> evaluate.Predictions:
         """The two are as close here, the other way round."""
         found = predict(model, *arguments, **options)
-        return replace(found, logits=logits, indices=truth.indices)
+        return replace(found, logits=logits, indices=truth.indices, targets=targets)
 
     predict = evaluate.predict
     monkeypatch.setattr(evaluate, "predict", close)
     # The reported accuracy is that of the other order.
     weight = manifest.find(NAME)
-    edited = replace(truth, indices=indices)
+    edited = replace(truth, indices=indices, targets=targets)
     accuracy = manifest.Accuracy(edited.top1, edited.top5)
     manifest.write_entry(
         replace(weight, reported=manifest.Reported("kn_zoo", {"expected": accuracy}))
