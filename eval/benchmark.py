@@ -42,7 +42,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
-from benchmark_report import Layer, Results, Row, Setting, layer_of, render, summary
+from benchmark_report import TASKS, Layer, Results, Row, Setting, layer_of, render, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -113,7 +113,8 @@ def build(name: str, line: str) -> nn.Module:
         other = name.removeprefix("kn")
         if other == name or not timm.is_model(other):
             raise LookupError(f"there is no network {other!r} without kernel normalization")
-        return timm.create_model(other)
+        cfg = timm.get_pretrained_cfg(name)
+        return timm.create_model(other, in_chans=cfg.input_size[0], num_classes=cfg.num_classes)
     if layer := layer_of(name):
         network: nn.Module = nn.Sequential(
             KNConv2d(layer.channels, layer.channels, layer.kernel, padding=layer.kernel // 2)
@@ -155,8 +156,7 @@ class Contender:
         self.forward = torch.compile(self.network) if setting.mode == "compiled" else self.network
 
         layer = layer_of(setting.model)
-        channels = layer.channels if layer else 3
-        shape = (setting.batch_size, channels, setting.pixels, setting.pixels)
+        shape = (setting.batch_size, setting.channels, setting.pixels, setting.pixels)
         self.x = torch.rand(shape, **like).contiguous(memory_format=torch.channels_last)
         self.target: Tensor | None = None
         if self.training:
@@ -241,13 +241,15 @@ def measure(setting: Setting, seconds: float) -> list[Row]:
     slowest = a_round = 0.0
     for line, row in rows.items():
         start = time.perf_counter()
-        if ready and start - started + slowest + ROUNDS[0] * a_round > seconds:
+        # Without the floor and ours the setting would say nothing.
+        if len(ready) > 1 and start - started + slowest + ROUNDS[0] * a_round > seconds:
             row.reason = OUT_OF_TIME
             continue
         try:
             contender = Contender(setting, line)
             contender.seconds(WARM_UP_STEPS if setting.device != "cpu" else 1)
-            row.memory_mib = contender.memory_mib()
+            memory = contender.memory_mib()
+            row.memory_mib = None if memory is None else round(memory, 3)
             one = contender.seconds(1)
         except Exception as error:
             row.reason = reason(error)
@@ -262,7 +264,7 @@ def measure(setting: Setting, seconds: float) -> list[Row]:
             break
         for line in list(ready)[:: 1 if number % 2 == 0 else -1]:
             try:
-                rows[line].samples_ms.append(1000 * ready[line].seconds(steps[line]))
+                rows[line].samples_ms.append(round(1000 * ready[line].seconds(steps[line]), 4))
             except Exception as error:  # of memory, most likely
                 rows[line].reason = reason(error)
                 del ready[line]
@@ -292,8 +294,8 @@ class Worker:
                 self.pool = ProcessPoolExecutor(1, get_context("spawn"), _quiet_group)
                 self.pid = self.pool.submit(os.getpid).result(left)
             left -= time.monotonic() - start
-            # A third, so that one slow network does not use up the time of all the others.
-            return self.pool.submit(measure, setting, left / 3).result(max(0.0, left))
+            # Half, so that one slow network does not use up the time of all the others.
+            return self.pool.submit(measure, setting, left / 2).result(max(0.0, left))
         except (TimeoutError, FutureTimeout):  # one and the same from Python 3.11
             self.kill()
             return without(setting, OUT_OF_TIME)
@@ -354,17 +356,18 @@ def plan(models: list[str], device: str, batch_size: int | None, quick: bool) ->
         usual = BATCH[kind][32 if pixels <= 64 else 224]
         return batch_size or (QUICK_BATCH if quick else usual)
 
-    sizes = {name: timm.get_pretrained_cfg(name).input_size[-1] for name in models}  # type: ignore
+    sizes = {name: timm.get_pretrained_cfg(name).input_size for name in models}
     for dtype in dtypes[: 1 if quick else 2]:
         for mode in ("eager", "compiled"):
-            for name, pixels in sizes.items():
-                for task in ("infer", "train"):
-                    yield Setting(name, pixels, batch(pixels), device, task, dtype, mode)
+            for name, (channels, pixels, _) in sizes.items():
+                for task in TASKS:
+                    size = batch(pixels)
+                    yield Setting(name, channels, pixels, size, device, task, dtype, mode)
             if dtype == dtypes[0] and mode == "eager":
                 for layer in SWEEP:
-                    for task in ("infer", "train"):
-                        size = batch(SWEEP_SIDE)
-                        yield Setting(layer.name, SWEEP_SIDE, size, device, task, dtype, mode)
+                    for task in TASKS:
+                        shape = (layer.channels, SWEEP_SIDE, batch(SWEEP_SIDE))
+                        yield Setting(layer.name, *shape, device, task, dtype, mode)
 
 
 def environment(device: str) -> dict[str, str]:

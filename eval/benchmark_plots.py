@@ -40,7 +40,7 @@ def plot(results: Results, path: Path) -> list[Path]:
 def _figure(results: Results, title: str, rows: int, columns: int) -> tuple[Figure, Any]:
     figure = Figure(figsize=(4.2 * columns, 1.4 + 2.6 * rows), layout="constrained")
     head = results.header
-    hardware = "\n".join(head.get(name, "") for name in ("device", "versions", "load"))
+    hardware = "\n".join(head[name] for name in ("device", "versions", "load") if name in head)
     figure.suptitle(f"{title}\n", fontsize=13)
     figure.supxlabel(f"{hardware}\n{titles(results)}", fontsize=8)
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -49,6 +49,11 @@ def _figure(results: Results, title: str, rows: int, columns: int) -> tuple[Figu
 def _bars(axes: Any, found: dict[str, Spread | None], digits: int) -> None:
     """One horizontal bar a line, from 0, with its number; least to most as whiskers."""
     names = list(found)[::-1]
+    axes.spines[["top", "right"]].set_visible(False)
+    if not any(found.values()):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "not measured", ha="center", fontsize=9, transform=axes.transAxes)
+        return
     for place, line in enumerate(names):
         spread = found[line]
         if spread is None:
@@ -58,9 +63,8 @@ def _bars(axes: Any, found: dict[str, Spread | None], digits: int) -> None:
         axes.barh(place, spread.median, color=COLORS[line], xerr=whiskers, ecolor="0.3")
         axes.text(spread.most, place, f" {spread.median:,.{digits}f}", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), [LINES[line] for line in names], fontsize=8)
-    most = max((spread.most for spread in found.values() if spread), default=1.0)
-    axes.set_xlim(0, 1.2 * most)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlim(0, 1.2 * max(spread.most for spread in found.values() if spread))
 
 
 def _times(results: Results, dtype: str) -> Figure:
@@ -93,32 +97,31 @@ def _sweep(results: Results) -> Figure:
     """Overhead over kernel sizes and channels; the published layer needs a scale of its own."""
     title = f"Milliseconds a layer takes above its bare convolution, {results.dtypes[0]}, eager"
     figure, axes = _figure(results, title, 2, 4)
+    usual = ["ours", "batch", "group"]
     for row, by in zip(axes, ("kernel", "channels"), strict=True):
-        layers = swept(results, by)
-        panels = [(task, others) for task in TASKS for others in ([], ["published"])]
-        for one, (task, others) in zip(row, panels, strict=True):
-            keys = {getattr(layer, by): sweep_key(results, layer, task) for layer in layers}
-            most = 0.0
-            for line in ["ours", "batch", "group", *others]:
-                found = {place: results.overhead(key, line) for place, key in keys.items()}
-                points = {place: spread for place, spread in found.items() if spread}
-                if not points:
-                    continue
-                middle = [spread.median for spread in points.values()]
-                least = [spread.median - spread.least for spread in points.values()]
-                above = [spread.most - spread.median for spread in points.values()]
-                one.errorbar(
-                    list(points), middle, [least, above], marker="o", label=LINES[line],
-                    color=COLORS[line], capsize=2,
-                )  # fmt: skip
-                most = max(most, *middle)
-            one.set_xticks(list(keys))
-            one.set_xlabel("kernel size" if by == "kernel" else "channels")
-            one.set_ylim(min(0.0, one.get_ylim()[0]), 1.2 * most or 1.0)
-            one.axhline(0, color="0.6", linewidth=0.8)
-            one.set_title(
-                TASKS[task] + (", with the published layer" if others else ""), fontsize=10
-            )
-            if one.get_legend_handles_labels()[0]:
-                one.legend(fontsize=7)
+        panels = [(task, lines) for task in TASKS for lines in (usual, [*usual, "published"])]
+        for one, (task, lines) in zip(row, panels, strict=True):
+            _curves(one, results, by, task, lines)
     return figure
+
+
+def _curves(axes: Any, results: Results, by: str, task: str, lines: list[str]) -> None:
+    """Overhead of some lines over "kernel" sizes or "channels"; least to most as whiskers."""
+    layers = swept(results, by)
+    for line in lines:
+        found = [results.overhead(sweep_key(results, layer, task), line) for layer in layers]
+        points = [(getattr(layer, by), ms) for layer, ms in zip(layers, found, strict=True) if ms]
+        if points:
+            places, spreads = zip(*points, strict=True)
+            whiskers = [[s.median - s.least for s in spreads], [s.most - s.median for s in spreads]]
+            middle = [s.median for s in spreads]
+            style = dict(marker="o", color=COLORS[line], capsize=2, label=LINES[line])
+            axes.errorbar(places, middle, whiskers, **style)
+    other = f"{layers[0].channels} channels" if by == "kernel" else f"kernel {layers[0].kernel}"
+    axes.set_xticks([getattr(layer, by) for layer in layers])
+    axes.set_xlabel(f"{by} ({other})", fontsize=9)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.set_title(TASKS[task] + (", with published" if "published" in lines else ""), fontsize=10)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)

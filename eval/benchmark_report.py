@@ -57,7 +57,8 @@ class Setting:
     """What is timed together: one network or layer, in one way."""
 
     model: str
-    pixels: int  # side of the image, or of the layer's map
+    channels: int  # of the image, or of the layer's map
+    pixels: int  # a side of it
     batch_size: int
     device: str
     task: str  # "infer" or "train"
@@ -175,8 +176,8 @@ class Results:
             texts = map("{:.3f}".format, ratio)
             found.update(zip(("ratio", "ratio_least", "ratio_most"), texts, strict=True))
         if row.memory_mib is not None:
-            found["memory_mib"] = f"{row.memory_mib:.2f}"
-        found["samples_ms"] = " ".join(f"{sample:.5g}" for sample in row.samples_ms)
+            found["memory_mib"] = f"{row.memory_mib:.3f}"
+        found["samples_ms"] = " ".join(f"{sample:.4f}" for sample in row.samples_ms)
         return found
 
 
@@ -193,7 +194,7 @@ def read(path: Path) -> Results:
     rows = []
     for found in csv.DictReader(line for line in lines if not line.startswith("#")):
         columns: dict[str, Any] = {name: found[name] for name in SETTING}
-        columns.update(pixels=int(found["pixels"]), batch_size=int(found["batch_size"]))
+        columns.update({name: int(found[name]) for name in ("channels", "pixels", "batch_size")})
         samples = [float(sample) for sample in found["samples_ms"].split()]
         memory = float(found["memory_mib"]) if found["memory_mib"] else None
         rows.append(Row(Setting(**columns), found["line"], samples, memory, found["reason"]))
