@@ -63,6 +63,7 @@ def pytest_configure(config: Any) -> None:
     """Before timm's file is imported: `list_models` names our models only."""
     import kn_zoo.models  # noqa: F401  registers them
 
+    config.addinivalue_line("markers", "timeout(seconds): meant for timm's machines, not applied")
     list_models = timm.list_models
 
     def list_ours(filter: Any = "", module: Any = "", *args: Any, **kwargs: Any) -> list[str]:

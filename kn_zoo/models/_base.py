@@ -1,6 +1,6 @@
 """What the networks of the zoo share: stem, stages, norm, head, behind timm's model interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,17 @@ def init_weights(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None:
             nn.init.zeros_(m.bias)
+
+
+def resnet_stem(
+    conv: Callable[..., nn.Module], in_chans: int, chs: int, small: bool
+) -> tuple[nn.Module, nn.Module | None, Features]:
+    """Stem, pool, and feature of the stem: a 3x3, or 7x7 of stride 2 with a max pool after it."""
+    if small:
+        return conv(in_chans, chs, 3, padding=1), None, []
+    stem = conv(in_chans, chs, 7, stride=2, padding=3)
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    return stem, pool, [dict(num_chs=chs, reduction=2, module="stem")]
 
 
 class Scale(NamedTuple):

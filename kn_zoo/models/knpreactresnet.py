@@ -24,6 +24,7 @@ from ._base import (
     activation,
     classifier_head,
     init_weights,
+    resnet_stem,
     scales,
 )
 from ._build import (
@@ -174,14 +175,7 @@ class PreActResNet(StagedNetwork):
         else:
             raise ValueError(f"norm={norm!r}: use 'kernel', 'batch', 'group', 'layer' or 'none'")
         chs = widths[0]
-        if small_stem:
-            stem, pool = conv(in_chans, chs, 3, padding=1), None
-            feature_info = []
-        else:
-            stem = conv(in_chans, chs, 7, stride=2, padding=3)
-            pool = nn.MaxPool2d(3, stride=2, padding=1)
-            feature_info = [dict(num_chs=chs, reduction=2, module="stem")]
-
+        stem, pool, feature_info = resnet_stem(conv, in_chans, chs, small_stem)
         stages = []
         rates = drop_path_rates(drop_path_rate, depths)
         for i, scale in enumerate(scales(1 if small_stem else 4, len(depths), output_stride)):

@@ -19,7 +19,6 @@ from kn_zoo.layers import KernelNorm2d, KNConv2d
 
 from ._base import (
     ActLayer,
-    Features,
     Scale,
     Stage,
     StagedNetwork,
@@ -27,6 +26,7 @@ from ._base import (
     classifier_head,
     init_weights,
     max_pool,
+    resnet_stem,
     scales,
 )
 from ._build import CIFAR, IMAGENET, Cfgs, StateDict, build, cfgs, drop_path_rates
@@ -35,6 +35,7 @@ __all__ = ["KNResNet"]
 
 Conv = Callable[..., nn.Module]
 Act = Callable[[], nn.Module]
+NECK_CHANNELS = 512
 
 
 class KNBasic(nn.Module):
@@ -165,14 +166,7 @@ class KNResNet(StagedNetwork):
         conv: Conv = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
         act = activation(act_layer)
         chs = channels[0]
-        if small_stem:
-            stem, pool = conv(in_chans, chs, 3, padding=1), None
-            feature_info: Features = []
-        else:
-            stem = conv(in_chans, chs, 7, stride=2, padding=3)
-            pool = nn.MaxPool2d(3, stride=2, padding=1)
-            feature_info = [dict(num_chs=chs, reduction=2, module="stem")]
-
+        stem, pool, feature_info = resnet_stem(conv, in_chans, chs, small_stem)
         stages = []
         rates = drop_path_rates(drop_path_rate, depths)
         plan = scales(1 if small_stem else 4, len(depths), output_stride)
@@ -206,9 +200,6 @@ class KNResNet(StagedNetwork):
             neck_min_size=min_side(6, small_stem, bottleneck),
         )
         init_weights(self)
-
-
-NECK_CHANNELS = 512
 
 
 def _transition(
