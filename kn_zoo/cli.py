@@ -26,7 +26,6 @@ from kn_zoo.manifest import Weight
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 to 60 million; decoded to RGB this is 300 MB
 MAX_ELONGATION = 50  # with a short side of 256 the long side stays below 12,800 pixels
-EIGHT_BIT_MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split()
 
 # click's error for bad usage, wherever this version of typer keeps its click.
 UsageError: Any = typer.BadParameter.__base__
@@ -293,7 +292,7 @@ def open_image(path: str) -> Image.Image:
     except Exception as error:  # decoders raise anything on broken files
         reason = f"corrupt image ({type(error).__name__}: {error})"
         raise UnusableImage(reason) from None
-    if upright.mode not in EIGHT_BIT_MODES:
+    if upright.mode.startswith(("I", "F")):  # 16 or 32 bits; Pillow would clip them, not scale
         raise UnusableImage(f"pixels of mode {upright.mode}: save it with 8 bits a channel")
     return upright
 
