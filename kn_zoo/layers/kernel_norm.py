@@ -28,7 +28,7 @@ def kernel_norm(
     p = dropout_p if statistics == "sampled" else 0.0
     mean, var = pixel_moments(x, p, runs_eagerly())
     pivot = mean.mean([2, 3], keepdim=True)
-    mu, var = unit_moments(mean, var, pivot, kernel_size, kernel_size, [0, 0, 0, 0], [1, 1])
+    mu, var = unit_moments(mean - pivot, var, pivot, kernel_size, kernel_size, [0, 0, 0, 0], [1, 1])
     if statistics == "expected":
         n = x.shape[1] * kernel_size[0] * kernel_size[1]
         var = expected_variance(mu + pivot, var, dropout_p, n)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import Ints, check_settings, check_window, padding_sides
-from .moments import ILL_CONDITIONED, layout_of, pixel_moments, runs_eagerly
+from .moments import ILL_CONDITIONED, computed_once, layout_of, pixel_moments, runs_eagerly
 from .statistics import expected_variance, unit_moments
 
 
@@ -50,22 +50,31 @@ def kn_conv2d(
         x, padding = F.pad(x, padding), [0, 0, 0, 0]
     p = dropout_p if statistics == "sampled" else 0.0
     eager = runs_eagerly()
-    mean, var = pixel_moments(x, p, eager)
-    pivot = mean.sum([2, 3], keepdim=True) / (image.shape[2] * image.shape[3])
-    mu, var = unit_moments(mean, var, pivot, kernel_size, stride, padding, dilation)  # (N,1,H',W')
-
-    shift: Tensor | None = None
     # Under dropout the noise of the mask is larger by far than the digits that are lost.
-    if p == 0.0 and x.dtype == torch.float32 and not frozen:
-        shift = _shift_if_needed(x, pivot, mu, var) if eager else _middle_row(image)
+    careful = p == 0.0 and x.dtype == torch.float32 and not frozen
+    shift: Tensor | None = None
+    if careful and not eager:
+        shift = _middle_row(image)
+        x = x - shift
+    mean, var = pixel_moments(x, p, eager)
+    if shift is None:
+        pivot = mean.sum([2, 3], keepdim=True) / (image.shape[2] * image.shape[3])
+        mean = mean - pivot
+    else:  # x, and so its mean, is relative to the shift already
+        pivot = shift
+    mu, var = unit_moments(mean, var, pivot, kernel_size, stride, padding, dilation)  # (N,1,H',W')
+    if careful and eager:
+        shift = _shift_if_needed(x, pivot, mu, var)
+        if shift is not None:
+            x = x - shift
     if statistics == "expected":
         n = x.shape[1] * kernel_size[0] * kernel_size[1]
         var = expected_variance(mu + pivot, var, dropout_p, n)
-    rstd = (var + eps).rsqrt()
+    rstd = computed_once((var + eps).rsqrt())
 
     offset: Tensor | None = None
     if p > 0.0 or groups > 1:
-        offset = mu + (pivot if shift is None else pivot - shift)
+        offset = computed_once(mu + (pivot if shift is None else pivot - shift))
     elif not frozen:
         weight = centred_filters(weight)
     out = _normalized_conv(
@@ -83,7 +92,7 @@ def centred_filters(weight: Tensor) -> Tensor:
 def _middle_row(x: Tensor) -> Tensor:
     """What to take off every image before a float32 convolution: the mean of its middle row.
 
-    A compiler writes x - shift instead of x at no cost, as this is known before its pass over x.
+    A compiler writes x - shift instead of x at no cost: this is known before its pass over x.
     """
     return x[:, :, x.shape[2] // 2].mean([1, 2]).view(-1, 1, 1, 1)
 
@@ -137,19 +146,15 @@ def _dense_normalized_conv(
 ) -> Tensor:
     """As `_normalized_conv`, in plain operations.
 
-    With `shift`, `offset` is relative to it, and zero padding, which then is -shift, is put right
-    by the sum of the weights that lie outside the image.
+    With `shift`, x and `offset` are relative to it; zero padding, which then should be -shift, is
+    put right by the sum of the weights that lie outside the image.
     """
     pads = [padding[2], padding[0]]
-    if shift is None:
-        numerator = F.conv2d(x, weight, None, stride, pads, dilation, groups)
-    else:
-        numerator = F.conv2d(x - shift, weight, None, stride, pads, dilation, groups)
-        if max(padding) > 0:
-            image = torch.zeros([1, 1, x.shape[2], x.shape[3]], dtype=x.dtype, device=x.device)
-            outside = F.pad(image, padding, value=1.0)
-            summed = weight.sum(1, keepdim=True)  # (O, 1, kh, kw)
-            numerator = numerator - shift * F.conv2d(outside, summed, None, stride, 0, dilation)
+    numerator = F.conv2d(x, weight, None, stride, pads, dilation, groups)
+    if shift is not None and max(padding) > 0:
+        outside = F.pad(torch.zeros_like(x[:1, :1]), padding, value=1.0)
+        summed = weight.sum(1, keepdim=True)  # (O, 1, kh, kw)
+        numerator = numerator - shift * F.conv2d(outside, summed, None, stride, 0, dilation)
     dtype = numerator.dtype
     if offset is not None:
         numerator = numerator - offset * weight.sum([1, 2, 3]).view(1, -1, 1, 1)

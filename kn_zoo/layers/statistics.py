@@ -16,6 +16,7 @@ their expectation over the mask is `expected_variance`; the expected mean is the
 Source: Nasirigerdeh et al., Kernel Normalized Convolutional Networks, TMLR 2024, arXiv 2205.10089.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from .checks import Ints
 
 
 def unit_moments(
-    mean: Tensor,
+    deviation: Tensor,
     var: Tensor,
     pivot: Tensor,
     kernel_size: Ints,
@@ -33,12 +34,12 @@ def unit_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean minus `pivot`, and variance, of every unit: two maps (N, 1, H', W').
 
-    `mean`, `var`: moments over the channels of each pixel (N, 1, H, W); `pivot` (N, 1, 1, 1);
-    `padding`: left, right, top, bottom.
+    `deviation`, `var`: over the channels of each pixel, the mean minus `pivot`, and the variance
+    (N, 1, H, W); `pivot` (N, 1, 1, 1); `padding`: left, right, top, bottom.
     """
     if max(padding) > 0:
-        mean, var = F.pad(mean, padding), F.pad(var, padding)
-    deviation = mean - pivot
+        outside = F.pad(torch.zeros_like(deviation[:1]), padding, value=1.0)
+        deviation, var = F.pad(deviation, padding) - pivot * outside, F.pad(var, padding)
     mu = box_mean(deviation, kernel_size, stride, dilation)
     square = box_mean(var + deviation * deviation, kernel_size, stride, dilation)
     return mu, (square - mu * mu).clamp_min(0.0)
