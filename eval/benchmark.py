@@ -73,15 +73,19 @@ def bare(layer: KNConv2d, bias: bool) -> nn.Module:
     conv = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
+        pair(layer.kernel_size),
+        pair(layer.stride),
         (top, left) if even else 0,
-        layer.dilation,
+        pair(layer.dilation),
         layer.groups,
         bias,
     )
     conv.weight.data.copy_(layer.weight)
     return conv if even else nn.Sequential(nn.ZeroPad2d(layer.padding_sides), conv)
+
+
+def pair(numbers: tuple[int, ...]) -> tuple[int, int]:
+    return numbers[0], numbers[1]
 
 
 def batch_norm(layer: KNConv2d) -> nn.Module:
@@ -113,8 +117,8 @@ def build(name: str, line: str) -> nn.Module:
         other = name.removeprefix("kn")
         if other == name or not timm.is_model(other):
             raise LookupError(f"there is no network {other!r} without kernel normalization")
-        cfg = timm.get_pretrained_cfg(name)
-        return timm.create_model(other, in_chans=cfg.input_size[0], num_classes=cfg.num_classes)
+        channels, _, _ = input_size(name)
+        return timm.create_model(other, in_chans=channels)
     if layer := layer_of(name):
         network: nn.Module = nn.Sequential(
             KNConv2d(layer.channels, layer.channels, layer.kernel, padding=layer.kernel // 2)
@@ -131,6 +135,13 @@ def build(name: str, line: str) -> nn.Module:
         elif isinstance(module, KernelNorm2d) and line != "published":
             network.set_submodule(path, nn.Identity())
     return network
+
+
+def input_size(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a network is made for."""
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None  # every network of timm's registry that has a KNConv2d has one
+    return cfg.input_size
 
 
 class Contender:
@@ -356,7 +367,7 @@ def plan(models: list[str], device: str, batch_size: int | None, quick: bool) ->
         usual = BATCH[kind][32 if pixels <= 64 else 224]
         return batch_size or (QUICK_BATCH if quick else usual)
 
-    sizes = {name: timm.get_pretrained_cfg(name).input_size for name in models}
+    sizes = {name: input_size(name) for name in models}
     for dtype in dtypes[: 1 if quick else 2]:
         for mode in ("eager", "compiled"):
             for name, (channels, pixels, _) in sizes.items():
@@ -466,6 +477,8 @@ def main(
     seconds = 60 * (minutes or MINUTES["quick" if quick else kind])
     rows, interrupted = run(list(plan(chosen, device, batch_size, quick)), seconds)
     results = Results(header, rows)
+    if interrupted:  # and leave earlier, whole results alone
+        output = output.with_name(f"partial_{output.name}")
     from benchmark_plots import plot  # the process that measures has no need of matplotlib
 
     manifest.write_text(output, results.to_csv())
