@@ -26,10 +26,7 @@ def check_size(x: Tensor, minimum: int) -> Tensor:
 
 
 def activation(act_layer: ActLayer) -> type[nn.Module]:
-    """The class that timm knows by this name; a ValueError names a wrong one.
-
-    Networks use it without `inplace`: a KNConv2d keeps its output for the backward pass.
-    """
+    """The class that timm knows by this name; a ValueError names a wrong one."""
     try:
         return get_act_layer(act_layer)
     except KeyError:
