@@ -25,7 +25,6 @@ import platform
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -59,8 +58,8 @@ BATCH = {"cpu": {32: 64, 224: 16}, "cuda": {32: 256, 224: 128}}  # by side of th
 QUICK_BATCH = 8
 MINUTES = {"quick": 1.6, "cpu": 60.0, "cuda": 7.5}
 WARM_UP_STEPS = 3
-SAMPLE_SECONDS = 0.1  # a time is taken over as many steps as fill this
-ROUNDS = (3, 9)  # at least, at most
+SAMPLE_SECONDS = 0.05  # a time is taken over as many steps as fill this
+ROUNDS = (3, 9)  # at least, at most; --quick takes the least
 OUT_OF_TIME = "not measured: the time was up; give it more with --minutes, or name one network"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -241,7 +240,7 @@ class Contender:
         return sum(held.values())
 
 
-def measure(setting: Setting, seconds: float) -> list[Row]:
+def measure(setting: Setting, seconds: float, rounds: int = ROUNDS[1]) -> list[Row]:
     """Time all lines of one setting in turn, for about `seconds`; what fails tells why."""
     started = time.perf_counter()
     torch.compiler.reset()
@@ -269,7 +268,7 @@ def measure(setting: Setting, seconds: float) -> list[Row]:
         steps[line] = min(100, ceil(SAMPLE_SECONDS / one))
         slowest = max(slowest, time.perf_counter() - start)
         a_round += one * steps[line]
-    for number in range(ROUNDS[1]):
+    for number in range(rounds):
         elapsed = time.perf_counter() - started
         if number >= ROUNDS[0] and elapsed + a_round > seconds:
             break
@@ -297,16 +296,18 @@ class Worker:
         self.pool: ProcessPoolExecutor | None = None
         self.pid = 0
 
-    def measure(self, setting: Setting, left: float) -> list[Row]:
+    def measure(self, setting: Setting, left: float, rounds: int = ROUNDS[1]) -> list[Row]:
         """`measure` within `left` seconds; a process that is killed or late becomes a reason."""
         start = time.monotonic()
         try:
             if self.pool is None:
+                # Also of the processes it starts: they would write into the progress bar.
+                os.environ.setdefault("PYTHONWARNINGS", "ignore")
                 self.pool = ProcessPoolExecutor(1, get_context("spawn"), _quiet_group)
                 self.pid = self.pool.submit(os.getpid).result(left)
             left -= time.monotonic() - start
             # Half, so that one slow network does not use up the time of all the others.
-            return self.pool.submit(measure, setting, left / 2).result(max(0.0, left))
+            return self.pool.submit(measure, setting, left / 2, rounds).result(max(0.0, left))
         except (TimeoutError, FutureTimeout):  # one and the same from Python 3.11
             self.kill()
             return without(setting, OUT_OF_TIME)
@@ -326,7 +327,6 @@ class Worker:
 
 def _quiet_group() -> None:
     os.setsid()  # so that it can be killed together with its children
-    warnings.filterwarnings("ignore")
     for name in ("torch", "torch._inductor", "torch._dynamo"):
         getLogger(name).setLevel(ERROR)
 
@@ -335,7 +335,7 @@ def without(setting: Setting, why: str) -> list[Row]:
     return [Row(setting, line, reason=why) for line in setting.lines]
 
 
-def run(settings: list[Setting], seconds: float) -> tuple[list[Row], bool]:
+def run(settings: list[Setting], seconds: float, rounds: int) -> tuple[list[Row], bool]:
     """Rows of all settings, most important first, and whether it was interrupted."""
     deadline = time.monotonic() + seconds
     rows: list[Row] = []
@@ -347,7 +347,10 @@ def run(settings: list[Setting], seconds: float) -> tuple[list[Row], bool]:
             for number, setting in enumerate(settings):
                 progress.update(done, description=str(setting), completed=number)
                 left = deadline - time.monotonic()
-                rows += worker.measure(setting, left) if left > 1 else without(setting, OUT_OF_TIME)
+                if left > 1:
+                    rows += worker.measure(setting, left, rounds)
+                else:
+                    rows += without(setting, OUT_OF_TIME)
                 if not progress.console.is_terminal:
                     progress.console.print(f"{number + 1}/{len(settings)} {setting}")
             progress.update(done, description="done", completed=len(settings))
@@ -475,7 +478,8 @@ def main(
 
     header = environment(device)
     seconds = 60 * (minutes or MINUTES["quick" if quick else kind])
-    rows, interrupted = run(list(plan(chosen, device, batch_size, quick)), seconds)
+    settings = list(plan(chosen, device, batch_size, quick))
+    rows, interrupted = run(settings, seconds, ROUNDS[0 if quick else 1])
     results = Results(header, rows)
     if interrupted:  # and leave earlier, whole results alone
         output = output.with_name(f"partial_{output.name}")

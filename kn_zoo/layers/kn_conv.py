@@ -197,15 +197,17 @@ class _NormalizedConv(torch.autograd.Function):
             numerator = F.conv2d(x, weight, None, stride, pads, dilation, groups)
             if offset is not None:
                 numerator = numerator - offset * _per_channel(gain)
-        grad_bias = grad.sum((0, 2, 3)) if need_bias else None
         grad_rstd = _channel_dot(grad, numerator, rstd.dtype) if need_rstd else None
+        grad_bias = grad_offset = grad_gain = None
+        if need_gain:  # both sums over pixels in one pass: (N, 2, H'*W') @ (N, H'*W', O)
+            rows = torch.cat([torch.ones_like(rstd), -rstd * offset], 1).flatten(2).to(grad.dtype)
+            sums = torch.matmul(rows, grad.flatten(2).transpose(1, 2)).sum(0)
+            grad_bias, grad_gain = sums[0] if need_bias else None, sums[1].to(gain.dtype)
+        elif need_bias:
+            grad_bias = grad.sum((0, 2, 3))
         grad = (grad * rstd).to(numerator.dtype)  # with respect to the numerator
-        grad_offset = grad_gain = None
         if need_offset:  # (O,) @ (N, O, H'*W') -> (N, H'*W')
             grad_offset = -torch.matmul(gain.to(grad.dtype), grad.flatten(2)).view_as(offset)
-        if need_gain:  # (N, O, H'*W') @ (N, H'*W', 1) -> (N, O, 1)
-            maps = offset.to(grad.dtype).flatten(2).transpose(1, 2)
-            grad_gain = -torch.bmm(grad.flatten(2), maps).sum((0, 2)).to(gain.dtype)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, *ctx.conv, [need_x, need_weight, False]
         )
@@ -231,9 +233,14 @@ def _per_channel(vector: Tensor) -> Tensor:
 
 def _channel_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Scalar product over channels, (N, O, H, W) twice -> (N, 1, H, W)."""
-    if a.dtype == dtype and a.is_contiguous(memory_format=torch.channels_last):
-        return torch.einsum("nohw,nohw->nhw", a, b).unsqueeze(1)
-    return (a * b).sum(1, keepdim=True, dtype=dtype)
+    if a.device.type != "cpu" or torch.is_grad_enabled():
+        return (a * b).sum(1, keepdim=True, dtype=dtype)
+    products = torch.empty_like(b[:1])  # image by image the products stay within the cache
+    found = [
+        torch.mul(a[i : i + 1], b[i : i + 1], out=products).sum(1, keepdim=True, dtype=dtype)
+        for i in range(len(a))
+    ]
+    return torch.cat(found) if found else (a * b).sum(1, keepdim=True, dtype=dtype)
 
 
 class KNConv2d(nn.Conv2d):
