@@ -95,7 +95,9 @@ def _memory(results: Results, dtype: str) -> Figure:
 
 def _sweep(results: Results) -> Figure:
     """Overhead over kernel sizes and channels; the published layer needs a scale of its own."""
-    title = f"Milliseconds a layer takes above its bare convolution, {results.dtypes[0]}, eager"
+    size = next(s for s in results.settings.values() if s.model == results.layers[0].name)
+    title = "Milliseconds a layer takes above its bare convolution, eager, "
+    title += f"{size.dtype}, batch {size.batch_size}, {size.pixels} x {size.pixels} pixels"
     figure, axes = _figure(results, title, 2, 4)
     usual = ["ours", "batch", "group"]
     for row, by in zip(axes, ("kernel", "channels"), strict=True):
