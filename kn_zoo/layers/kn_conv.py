@@ -185,7 +185,6 @@ class _NormalizedConv(torch.autograd.Function):
             torch.addcmul(_per_channel(bias), numerator, rstd, out=out)
         ctx.save_for_backward(x, weight, numerator, rstd, offset, gain)
         ctx.conv = (stride, pads, dilation, False, [0, 0], groups)
-        ctx.has_bias = bias is not None
         return out
 
     @staticmethod
