@@ -23,6 +23,30 @@ from torch import Tensor
 from .checks import Ints
 
 
+def unit_statistics(
+    deviation: Tensor,
+    var: Tensor,
+    pivot: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    channels: int,
+    expected_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`unit_moments`, and 1 / sqrt(var + eps): three maps (N, 1, H', W').
+
+    With `expected_p` above 0 the last is of the variance expected under dropout.
+    """
+    mu, var = unit_moments(deviation, var, pivot, kernel_size, stride, padding, dilation)
+    drawn = var
+    if expected_p > 0.0:
+        n = channels * kernel_size[0] * kernel_size[1]
+        drawn = expected_variance(mu + pivot, var, expected_p, n)
+    return mu, var, (drawn + eps).rsqrt()
+
+
 def unit_moments(
     deviation: Tensor,
     var: Tensor,
