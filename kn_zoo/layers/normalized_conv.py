@@ -2,13 +2,12 @@
 
 `dense_normalized_conv` is plain differentiable operations, for compilers, transforms and exporters.
 `normalized_conv` is one autograd operation, for when operations run one by one. Then every pass
-over a tensor counts, and every tensor kept: forward keeps x, the convolution's result and the
-pixels' sums, of one channel each; backward makes the units' statistics anew from those, with the
-same functions as forward, and adds their gradient to the convolution's in place. On a CPU the
-passes go through a few images at a time, which stay in its cache from one pass to the next.
+over a tensor counts, and every tensor kept: forward keeps x, the convolution's result and a few
+maps of one channel; backward adds the statistics' gradient to the convolution's in place. On a CPU
+the passes go through a few images at a time, which stay in its cache from one pass to the next.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from .moments import (
     walkable,
     wide,
 )
-from .statistics import unit_statistics
+from .statistics import unit_statistics, unit_statistics_backward
 
 
 class Settings(NamedTuple):
@@ -64,13 +63,13 @@ def dense_normalized_conv(
         mean,
         var,
         pivot,
+        settings.eps,
         [weight.shape[2], weight.shape[3]],
         settings.stride,
         settings.padding,
         settings.dilation,
         x.shape[1],
         settings.expected_p,
-        settings.eps,
     )
     image, pads = _padded(x, settings.padding)
     stride, dilation = settings.stride, settings.dilation
@@ -123,7 +122,7 @@ class _NormalizedConv(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if settings.p > 0.0 else 0
         x = walkable(x)
         sums = _pixel_sums(ctx, x)
-        mu, var, rstd, pivot = _unit_statistics(ctx, sums, x, weight)
+        maps = _, pivot, mu, var, rstd = _statistics(ctx, sums, x, weight)
         if settings.careful:
             ctx.shift = _shift_if_needed(pivot, mu, var)
         image, filters, arguments = _convolved(ctx, x, weight)
@@ -136,28 +135,24 @@ class _NormalizedConv(torch.autograd.Function):
         out = torch.empty_like(numerator) if keeps else numerator
         _scale(numerator, rstd, offset, gain, bias, out)
         if keeps:
-            ctx.save_for_backward(x, weight, bias, gain, numerator, *sums)
+            sums = sums if len(sums) == 4 else ()
+            ctx.save_for_backward(x, weight, bias, gain, numerator, *maps, *sums)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, gain, numerator, *sums = ctx.saved_tensors
+        x, weight, bias, gain, numerator, *maps = ctx.saved_tensors
         need_x, need_weight, need_bias, need_gain, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again
             return *_differentiable_gradients(ctx, grad, x, weight, bias, gain), None
-        with torch.enable_grad():
-            leaves = [s.detach().requires_grad_() for s in sums]
-            mu, _, rstd, pivot = _unit_statistics(ctx, leaves, x, weight)
-            maps = [rstd] if gain is None else [rstd, mu + pivot]
-        scaled, grad_maps, totals = _scale_backward(grad, numerator, gain, maps)
+        scaled, grad_mu, grad_rstd, totals = _scale_backward(grad, numerator, gain, *maps[1:5])
         image, filters, arguments = _convolved(ctx, x, weight)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             scaled, image, filters, None, *arguments, [need_x, need_weight, False]
         )
         if need_x:
             grad_x = _like_input(ctx, grad_x, x)
-            grad_sums = torch.autograd.grad(maps, leaves, grad_maps)
-            _add_statistics_gradient_(ctx, grad_x, x, sums, grad_sums)
+            _add_statistics_gradient_(ctx, grad_x, grad_mu, grad_rstd, x, weight, *maps)
         grad_weight = grad_weight.to(weight.dtype) if need_weight else None
         grad_bias = totals[0].to(bias.dtype) if need_bias else None
         grad_gain = totals[1].to(gain.dtype) if need_gain else None
@@ -178,14 +173,18 @@ def _pixel_sums(ctx, x: Tensor) -> tuple[Tensor, ...]:
     return moments.masked_moments(x, ctx.settings.p, ctx.seed)
 
 
-def _unit_statistics(ctx, sums, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Of the units: mean - pivot, plain variance, 1 / std; and the pivot (N, 1, 1, 1)."""
-    s = ctx.settings
+def _statistics(ctx, sums, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Of pixels the mean, the pivot, and of units mean - pivot, plain variance and 1 / std."""
     mean, var = sums if len(sums) == 2 else _drawn_moments(ctx, sums, x)
     pivot = mean.detach().mean((2, 3), keepdim=True)
-    window = (weight.shape[2:], s.stride, s.padding, s.dilation)
-    found = unit_statistics(mean - pivot, var, pivot, *window, x.shape[1], s.expected_p, s.eps)
-    return *found, pivot
+    window, eps = _window(ctx, x, weight), ctx.settings.eps
+    units = unit_statistics(mean - pivot, var, pivot, eps, *window)
+    return mean, pivot, *units
+
+
+def _window(ctx, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    s = ctx.settings
+    return (weight.shape[2:], s.stride, s.padding, s.dilation, x.shape[1], s.expected_p)
 
 
 def _drawn_moments(ctx, sums, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,26 +237,34 @@ def _scale(
 
 
 def _scale_backward(
-    grad: Tensor, numerator: Tensor, gain: Tensor | None, maps: list[Tensor]
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Gradients for numerator, maps (1 / std, and the offset with `gain`), [bias, gain] (2, O)."""
-    rstd, *offset = (m.detach() for m in maps)
+    grad: Tensor,
+    numerator: Tensor,
+    gain: Tensor | None,
+    pivot: Tensor,
+    mu: Tensor,
+    var: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for numerator, mu and 1 / std, and for [bias, gain], (2, O) or without gain (1, O).
+
+    All from one walk over `grad` and `numerator`, a few images at a time.
+    """
     ones = torch.ones_like(rstd)
-    rows = torch.cat([ones, -rstd * offset[0]] if offset else [ones], 1)  # (N, 2, H', W')
-    scaled = torch.empty_like(numerator)
-    grad_maps = [torch.empty_like(m) for m in (rstd, *offset)]
+    rows = ones if gain is None else torch.cat([ones, -rstd * (mu + pivot)], 1)  # (N, 2, H', W')
     totals = rstd.new_zeros(rows.shape[1], grad.shape[1])
+    scaled = torch.empty_like(numerator)
+    grad_mu, grad_rstd = torch.zeros_like(rstd), torch.empty_like(rstd)
     scale = layout_of(numerator, rstd)
     for part in in_parts(numerator):
         here = _computable(grad[part])
         pixels = here.flatten(2)  # (n, O, H'*W')
-        grad_maps[0][part] = (here * numerator[part]).sum(1, keepdim=True, dtype=rstd.dtype)
+        grad_rstd[part] = (here * numerator[part]).sum(1, keepdim=True, dtype=rstd.dtype)
         totals += torch.matmul(rows[part].flatten(2).to(here.dtype), pixels.mT).sum(0)
         torch.mul(here, scale[part], out=scaled[part])
         if gain is not None:
             lost = torch.matmul(gain.to(here.dtype), pixels).view_as(rstd[part])
-            grad_maps[1][part] = -rstd[part] * lost
-    return scaled, grad_maps, totals
+            grad_mu[part] = -rstd[part] * lost
+    return scaled, grad_mu, grad_rstd, totals
 
 
 def _like_input(ctx, grad: Tensor, x: Tensor) -> Tensor:
@@ -270,23 +277,34 @@ def _like_input(ctx, grad: Tensor, x: Tensor) -> Tensor:
     return grad.to(x.dtype).contiguous(memory_format=form)
 
 
-def _add_statistics_gradient_(ctx, grad: Tensor, x: Tensor, sums, grad_sums) -> None:
-    if len(sums) == 2:
-        moments.add_moments_gradient_(grad, x, *grad_sums, sums[0], ctx.settings.p, ctx.seed)
-    else:
-        moments.add_power_sums_gradient_(grad, x, grad_sums)
+def _add_statistics_gradient_(
+    ctx, grad_x, grad_mu, grad_rstd, x, weight, mean, pivot, mu, var, rstd, *sums
+) -> None:
+    window = _window(ctx, x, weight)
+    maps = (mean - pivot, pivot, mu, var, rstd)
+    grad_mean, grad_var = unit_statistics_backward(grad_mu, grad_rstd, *maps, *window)
+    if not sums:
+        p, seed = ctx.settings.p, ctx.seed
+        moments.add_moments_gradient_(grad_x, x, grad_mean, grad_var, mean, p, seed)
+        return
+    with torch.enable_grad():
+        leaves = [s.detach().requires_grad_() for s in sums]
+        drawn = _drawn_moments(ctx, leaves, x)
+    grad_sums = torch.autograd.grad(drawn, leaves, (grad_mean, grad_var))
+    moments.add_power_sums_gradient_(grad_x, x, grad_sums)
 
 
 def _differentiable_gradients(ctx, grad, x, weight, bias, gain) -> list[Tensor | None]:
     """Gradients for x, weight, bias and gain that can be differentiated themselves."""
     s = ctx.settings
+    sums: tuple[Tensor, ...]
     if s.p > 0.0 and moments.draws_sums(x, s.dropout):
         sums = moments.dense_power_sums(x)
     elif s.p > 0.0:
         sums = moments.dense_moments(x * moments.factors(x, s.p, ctx.seed), 0.0)
     else:
         sums = moments.dense_moments(x, 0.0)
-    mu, _, rstd, pivot = _unit_statistics(ctx, sums, x, weight)
+    _, pivot, mu, _, rstd = _statistics(ctx, sums, x, weight)
     image, filters, (stride, pads, dilation, _, _, groups) = _convolved(ctx, x, weight)
     numerator = F.conv2d(image, filters, None, stride, pads, dilation, groups)
     if gain is not None:
