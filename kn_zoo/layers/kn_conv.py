@@ -47,17 +47,17 @@ def kn_conv2d(
     expected_p = dropout_p if statistics == "expected" else 0.0
     # Under dropout the noise of the mask is larger by far than the digits that are lost.
     careful = p == 0.0 and x.dtype == torch.float32 and not frozen
-    gain: Tensor | None = None
-    if p > 0.0 or groups > 1:
-        gain = weight.sum([1, 2, 3])
-    elif not frozen:
+    centred = p == 0.0 and groups == 1
+    if centred and not frozen:
         weight = centred_filters(weight)
-    settings = Settings(stride, padding, dilation, groups, p, dropout, expected_p, eps, careful)
+    settings = Settings(
+        stride, padding, dilation, groups, p, dropout, expected_p, eps, careful, centred
+    )
     if torch.jit.is_scripting():
-        out = dense_normalized_conv(x, weight, bias, gain, settings)
+        out = dense_normalized_conv(x, weight, bias, settings)
     else:
         form = normalized_conv if runs_one_by_one(x) else dense_normalized_conv
-        out = form(x, weight, bias, gain, settings)
+        out = form(x, weight, bias, settings)
     return out.squeeze(0) if unbatched else out
 
 

@@ -40,15 +40,13 @@ class Settings(NamedTuple):
     expected_p: float  # of the dropout whose expectation is taken
     eps: float
     careful: bool  # about images whose |mean| is far above their std
+    centred: bool  # the filters are, so that mu * gain is 0
 
 
 def dense_normalized_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, settings: Settings
+    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
 ) -> Tensor:
-    """(conv(x, weight) - mu * gain) / sqrt(var + eps) + bias: (N, C, H, W) -> (N, O, H', W').
-
-    `gain` (O,) is the sum of each filter; without it the filters have been centred.
-    """
+    """(conv(x, weight) - mu * gain) / sqrt(var + eps) + bias: (N, C, H, W) -> (N, O, H', W')."""
     shift: Tensor | None = None
     if settings.careful:
         shift = _middle_row(x)
@@ -79,9 +77,9 @@ def dense_normalized_conv(
         summed = weight.sum(1, keepdim=True)  # (O, 1, kh, kw)
         numerator = numerator - shift * F.conv2d(outside, summed, None, stride, 0, dilation)
     dtype = numerator.dtype
-    if gain is not None:
+    if not settings.centred:
         offset = mu if shift is not None else mu + pivot
-        numerator = numerator - computed_once(offset) * _per_channel(gain)
+        numerator = numerator - computed_once(offset) * _per_channel(_gain(weight))
     out = numerator * computed_once(rstd)
     if bias is not None:
         out = out + _per_channel(bias)
@@ -93,13 +91,11 @@ def runs_one_by_one(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.device.type != "meta" and runs_eagerly()
 
 
-def normalized_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, settings: Settings
-) -> Tensor:
+def normalized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     """As `dense_normalized_conv`, as one operation."""
-    given = [t for t in (x, weight, bias, gain) if t is not None]
+    given = [t for t in (x, weight, bias) if t is not None]
     keeps = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return _NormalizedConv.apply(x, weight, bias, gain, settings, keeps)
+    return _NormalizedConv.apply(x, weight, bias, settings, keeps)
 
 
 def _padded(x: Tensor, padding: Ints) -> tuple[Tensor, Ints]:
@@ -119,7 +115,7 @@ def _middle_row(x: Tensor) -> Tensor:
 
 class _NormalizedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, gain, settings, keeps):
+    def forward(ctx, x, weight, bias, settings, keeps):
         ctx.settings, ctx.shift, ctx.dtype = settings, None, _autocast_dtype(x)
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if settings.p > 0.0 else 0
         x = walkable(x)
@@ -130,9 +126,10 @@ class _NormalizedConv(torch.autograd.Function):
         image, filters, arguments = _convolved(ctx, x, weight)
         stride, pads, dilation, _, _, groups = arguments
         numerator = F.conv2d(image, filters, None, stride, pads, dilation, groups)
-        offset = None
-        if gain is not None:
+        offset = gain = None
+        if not settings.centred:
             offset = mu + (pivot if ctx.shift is None else pivot - ctx.shift)
+            gain = _gain(weight)
         out = torch.empty_like(numerator) if keeps else numerator
         _scale(numerator, rstd, offset, gain, bias, out)
         if keeps:
@@ -143,9 +140,9 @@ class _NormalizedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, gain, numerator, *maps = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_gain, *_ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again
-            return *_differentiable_gradients(ctx, grad, x, weight, bias, gain), None, None
+            return *_differentiable_gradients(ctx, grad, x, weight, bias), None, None
         scaled, grad_mu, grad_rstd, totals = _scale_backward(grad, numerator, gain, *maps[1:5])
         image, filters, arguments = _convolved(ctx, x, weight)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -154,10 +151,12 @@ class _NormalizedConv(torch.autograd.Function):
         if need_x:
             grad_x = _like_input(ctx, grad_x, x)
             _add_statistics_gradient_(ctx, grad_x, grad_mu, grad_rstd, x, weight, *maps)
-        grad_weight = grad_weight.to(weight.dtype) if need_weight else None
+        if need_weight:
+            grad_weight = grad_weight.to(weight.dtype)
+            if gain is not None:
+                grad_weight += totals[1].to(weight.dtype).view(-1, 1, 1, 1)
         grad_bias = totals[0].to(bias.dtype) if need_bias else None
-        grad_gain = totals[1].to(gain.dtype) if need_gain else None
-        return grad_x, grad_weight, grad_bias, grad_gain, None, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -296,8 +295,8 @@ def _add_statistics_gradient_(
     moments.add_power_sums_gradient_(grad_x, x, grad_sums)
 
 
-def _differentiable_gradients(ctx, grad, x, weight, bias, gain) -> list[Tensor | None]:
-    """Gradients for x, weight, bias and gain that can be differentiated themselves."""
+def _differentiable_gradients(ctx, grad, x, weight, bias) -> list[Tensor | None]:
+    """Gradients for x, weight and bias that can be differentiated themselves."""
     s = ctx.settings
     sums: tuple[Tensor, ...]
     if s.p > 0.0 and moments.draws_sums(x, s.dropout):
@@ -309,16 +308,21 @@ def _differentiable_gradients(ctx, grad, x, weight, bias, gain) -> list[Tensor |
     _, pivot, mu, _, rstd = _statistics(ctx, sums, x, weight)
     image, filters, (stride, pads, dilation, _, _, groups) = _convolved(ctx, x, weight)
     numerator = F.conv2d(image, filters, None, stride, pads, dilation, groups)
-    if gain is not None:
+    if not s.centred:
         offset = mu + (pivot if ctx.shift is None else pivot - ctx.shift)
-        numerator = numerator - offset * _per_channel(gain)
+        numerator = numerator - offset * _per_channel(_gain(weight))
     out = numerator * rstd
     if bias is not None:
         out = out + _per_channel(bias)
-    inputs = [x, weight, bias, gain]
+    inputs = [x, weight, bias]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(out.to(grad.dtype), wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in ctx.needs_input_grad[:4]]
+    return [next(found) if need else None for need in ctx.needs_input_grad[:3]]
+
+
+def _gain(weight: Tensor) -> Tensor:
+    """The sum of every filter: (O, C, kh, kw) -> (O,)."""
+    return weight.sum([1, 2, 3])
 
 
 def _computable(x: Tensor) -> Tensor:
