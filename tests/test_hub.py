@@ -177,11 +177,11 @@ def test_the_hub_client(zoo: Zoo, package: Path, hub: Hub, tmp_path: Path) -> No
         hub.stop()
         assert child.load(NAME) == right
         unreachable = child.load(NAME, cache_dir=next(caches))
-        refused(unreachable, "MissingWeights", hub.endpoint, "cannot be reached", "local-dir:")
+        refused(unreachable, "MissingWeights", hub.endpoint, "cannot be reached", "kn-zoo download")
     with Child(package, **{**environment, "HF_HUB_OFFLINE": "1"}) as child:
         assert child.load(NAME) == right
         offline = child.load(NAME, cache_dir=next(caches))
-        refused(offline, "MissingWeights", "unset HF_HUB_OFFLINE", "local-dir:")
+        refused(offline, "MissingWeights", "unset HF_HUB_OFFLINE", "KN_ZOO_WEIGHTS")
 
 
 def test_a_bundle_comes_from_the_hub_as_a_whole(

@@ -94,7 +94,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, weight: Weight | None = 
 def empty_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "PATH", folder / "weights_manifest.json")
     monkeypatch.setattr(manifest, "PRETRAINED", folder / "pretrained")
-    manifest.PATH.write_text('{"weights": []}', encoding="utf-8")
+    manifest.PATH.write_text('{"namespace": "owner", "weights": []}', encoding="utf-8")
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def copy_package(folder: Path, weights: list[Weight]) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "pretrained")
     shutil.copytree(Path(kn_zoo.__file__).parent, folder / "kn_zoo", ignore=ignore)
     shutil.copy(ROOT / "hubconf.py", folder)
-    document = {"weights": [weight.to_json() for weight in weights]}
+    document = {"namespace": "owner", "weights": [weight.to_json() for weight in weights]}
     (folder / "weights_manifest.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
 
