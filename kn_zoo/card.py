@@ -31,8 +31,8 @@ def card(weight: Weight) -> str:
 # {weight.name}
 
 A Kernel Normalized network of the model zoo `kn_zoo`, trained on {of.name}. It follows \
-[Kernel Normalized Convolutional Networks](https://arxiv.org/abs/{ARXIV}): every convolution window \
-is normalized by its own mean and variance, so there are no batch statistics.
+[Kernel Normalized Convolutional Networks](https://arxiv.org/abs/{ARXIV}): every convolution \
+window is normalized by its own mean and variance, so there are no batch statistics.
 
 ## Use
 
@@ -72,9 +72,9 @@ hardware.
 ## Intended use and limits
 
 Made for research into normalization and for comparison with other networks; a start for \
-fine-tuning. It knows the {of.num_classes} classes of {of.name} and no others, always answers with \
-one of them, and has not been tested on other images, on adversarial ones, or for bias: do not base \
-decisions about people on it.
+fine-tuning. It knows the {of.num_classes} classes of {of.name} and no others, always answers \
+with one of them, and has not been tested on other images, on adversarial ones, or for bias: do \
+not base decisions about people on it.
 
 - Parameters: {weight.parameters:,}
 - FLOPs of one image {size}: {weight.flops:,} (a multiplication and an addition are two)

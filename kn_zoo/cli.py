@@ -254,9 +254,7 @@ def verify(
 
 @app.command("import")
 def import_checkpoint(
-    name: Annotated[
-        str, typer.Argument(help="A weight that others published, such as knresnet50.")
-    ],
+    name: Annotated[str, typer.Argument(help="A weight of others, such as knresnet50.")],
     file: Annotated[Path, typer.Argument(help="The checkpoint, downloaded by hand.")],
 ) -> int:
     """Check and convert a checkpoint of the authors; from then on timm.create_model loads it."""

@@ -1,4 +1,4 @@
-"""The authors' checkpoints, imported on first use: downloaded, opened with care, checked, converted.
+"""The authors' checkpoints, imported on first use: downloaded, checked, converted, kept.
 
 A checkpoint is a pickle, which can run anything. So its instructions are read first, without being
 followed: they may name tensors, plain containers and one argparse.Namespace, and nothing else. Then
@@ -157,26 +157,31 @@ def measured(results: dict[str, Any]) -> list[Weight]:
     Raises:
         ValueError: nothing was evaluated, or under no inputs was it reproduced.
     """
-    entries = []
-    for row in results.get("upstream", []):
-        weight = manifest.find(row["name"])
-        if not row["reproduced"]:
-            raise ValueError(f"{weight.name}: the published accuracy was not reproduced")
-        inputs = row["reproduced"][0]["inputs"]
-        runs = [run for run in row["runs"] if run["inputs"] == inputs]
-        accuracies = {
-            run["statistics"]: Accuracy(run["top1"], run["top5"], run["draws"]) for run in runs
-        }
-        steps = replace(
-            weight.preprocessing, mean=tuple(runs[0]["mean"]), std=tuple(runs[0]["std"])
-        )
-        published = replace(_upstream(weight), measured=accuracies)
-        file = manifest.as_file(row["file"])
-        entry = replace(weight, file=file, preprocessing=steps, upstream=published)
-        entries.append(Weight.from_json(entry.to_json()))
+    try:
+        entries = [_measured(row) for row in results["upstream"]]
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"not what eval/verify.py --json writes ({first_line(error)})") from error
     if not entries:
         raise ValueError("no imported weight was evaluated in these results")
     return entries
+
+
+def _measured(row: dict[str, Any]) -> Weight:
+    weight = manifest.find(row["name"])
+    if not row["reproduced"]:
+        raise ValueError(f"{weight.name}: the published accuracy was not reproduced")
+    inputs = row["reproduced"][0]["inputs"]
+    runs = [run for run in row["runs"] if run["inputs"] == inputs]
+    accuracies = {
+        run["statistics"]: Accuracy(run["top1"], run["top5"], run["draws"]) for run in runs
+    }
+    entry = replace(
+        weight,
+        file=manifest.as_file(row["file"]),
+        preprocessing=replace(weight.preprocessing, mean=runs[0]["mean"], std=runs[0]["std"]),
+        upstream=replace(_upstream(weight), measured=accuracies),
+    )
+    return Weight.from_json(entry.to_json())  # which checks the types of what was read
 
 
 def _import(weight: Weight, checkpoint: Path) -> File:

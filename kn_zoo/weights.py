@@ -2,12 +2,13 @@
 
 It is looked for in the bundles that travel with the package, in the directory that
 ``KN_ZOO_WEIGHTS`` names, in the Hub's cache, on the Hub at the manifest's revision, and, if others
-published it, where `kn_zoo.upstream` gets it. The bytes whose SHA-256 is compared are the very bytes
-that the tensors are made from: a file that is exchanged between the two cannot slip through.
+published it, where `kn_zoo.upstream` gets it. The bytes whose SHA-256 is compared are the very
+bytes that the tensors are made from: a file exchanged between the two cannot slip through.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,13 +165,10 @@ def _tensors(weight: Weight, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         return read(path, weight)
     except CorruptWeights:
         in_cache = "snapshots" in path.parts  # the client's name for its folders of revisions
-        if not in_cache or constants.is_offline_mode():
+        if not in_cache or constants.is_offline_mode() or not os.access(path.parent, os.W_OK):
             raise
-        try:
-            again = _place(weight, cfg, cache_dir, again=True)
-        except MissingWeights:
-            again = path
-        return read(again, weight)
+    path.unlink(missing_ok=True)  # the client would keep this link even to another file
+    return read(_place(weight, cfg, cache_dir, again=True), weight)
 
 
 def _let_users_source_win(overlay: dict[str, Any]) -> dict[str, Any]:

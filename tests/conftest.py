@@ -1,5 +1,6 @@
 """Where real data and the authors' numbers lie, when they are there."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,17 @@ def upstream() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the authors' numbers are not at {folder}")
     return folder
+
+
+_TOLD = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Have a line, a count of what was tried, printed at the end of the run."""
+    return request.config.stash.setdefault(_TOLD, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in terminalreporter.config.stash.get(_TOLD, []):
+        terminalreporter.write_line(line)

@@ -200,7 +200,7 @@ def test_write_entry_replaces_in_place(tmp_path: Path, monkeypatch: pytest.Monke
             "namespace": manifest.namespace(),
             "weights": [
                 {**w.to_json(), "parameters": 1, "flops": 1} for w in manifest.load().values()
-            ]
+            ],
         }
     )
 
