@@ -214,6 +214,8 @@ class HubRequest(Request):
 
     def create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"
+        if fault := self.server.fault(self.command, self.path):  # nothing is created then
+            return fault.act(self, b"{}", {})
         if name in self.server.repositories:
             return self.refuse(409, "You already created this model repo")
         repository = Repository(
@@ -256,7 +258,7 @@ class HubRequest(Request):
                 }
             )
         elif verb == "commit":
-            self.commit(repository, [json.loads(line) for line in data.splitlines()])
+            self.commit(repository, name, [json.loads(line) for line in data.splitlines()])
         elif verb == "paths-info":
             names = urllib.parse.parse_qs(data.decode())["paths"]
             self.json([self.entry(n, files[n]) for n in names if n in files])
@@ -286,7 +288,7 @@ class HubRequest(Request):
                 found["actions"] = {"upload": {"href": place}}
         self.json({"transfer": "basic", "objects": objects})
 
-    def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> None:
+    def commit(self, repository: Repository, name: str, lines: list[dict[str, Any]]) -> None:
         head, files = repository.commits[-1]
         if lines[0]["value"].get("parentCommit", head) != head:
             return self.refuse(412, "A commit has happened since")
@@ -300,7 +302,7 @@ class HubRequest(Request):
             else:
                 return self.refuse(400, f"{line['key']} cannot be committed")
         oid = repository.commit(files)
-        self.json({"commitOid": oid, "commitUrl": f"{self.server.endpoint}/commit/{oid}"})
+        self.json({"commitOid": oid, "commitUrl": f"{self.server.endpoint}/{name}/commit/{oid}"})
 
     def info(self, repository: Repository, data: bytes, name: str, rest: str | None) -> None:
         if rest == "/refs":

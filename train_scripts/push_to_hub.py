@@ -8,10 +8,7 @@ The repository is NAMESPACE/NAME, with the namespace of weights_manifest.json. O
 is uploaded, as one commit; its hash is written into the manifest, which is then to be committed.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +19,8 @@ from huggingface_hub import HfApi
 from kn_zoo import cli, hub, manifest
 from kn_zoo.manifest import Weight
 
-VERIFY = Path(__file__).parents[1] / "eval" / "verify.py"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
+import verify
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,25 +30,20 @@ class Waivable(str, Enum):
     verify = "verify"
 
 
-def verified(weight: Weight, data_dir: Path | None, waived: set[str]) -> None:
-    """Run `eval/verify.py` on a weight; a PublishError says why it must not be published."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "result.json"
-        command = [sys.executable, str(VERIFY), weight.name, "--json", str(file)]
-        command += ["--data-dir", str(data_dir)] if data_dir else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        results = json.loads(file.read_text("utf-8"))["weights"] if file.exists() else []
-    result = results[0] if results else {"status": "failed", "reasons": [done.stdout.strip()]}
-    check = "data" if result["status"] == "skipped" else "verify"
-    if result["status"] == "match":
+def check(weight: Weight, data_dir: Path | None, waived: set[str]) -> None:
+    """Evaluate a weight as `eval/verify.py` does; a PublishError says why it is not published."""
+    settings = verify.Settings(data_dir, False, "cpu", 256, "expected")
+    result = verify.verify(weight, settings)
+    if result.status == "match":
         return
-    reasons = cli.one_line("; ".join(result["reasons"]))
-    if check not in waived:
+    needed = "data" if result.status == "skipped" else "verify"
+    reasons = cli.one_line("; ".join(result.reasons))
+    if needed not in waived:
         raise hub.PublishError(
-            f"{weight.name} is not verified: {result['status']}: {reasons}. "
-            f"--waive {check} publishes it all the same."
+            f"{weight.name} is not verified: {result.status}: {reasons}. "
+            f"--waive {needed} publishes it all the same."
         )
-    print(f"{weight.name}: not verified ({result['status']}: {reasons}), which was waived")
+    print(f"{weight.name}: not verified ({result.status}: {reasons}), which was waived")
 
 
 def show(weight: Weight, api: HfApi) -> None:
@@ -96,7 +89,7 @@ def main(
     for weight in chosen:
         try:
             hub.contents(weight)  # what is broken needs no evaluation to be refused
-            verified(weight, data_dir, {check.value for check in waive or []})
+            check(weight, data_dir, {waived.value for waived in waive or []})
             if dry_run:
                 show(weight, api)
             else:
