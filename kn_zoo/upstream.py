@@ -40,7 +40,7 @@ from kn_zoo.manifest import WEIGHTS_FILE, Accuracy, File, Upstream, Weight
 PIN = "pinned.json"
 BYTES_PER_PARAMETER = 16  # the weights, and up to three copies that an optimizer or an EMA keeps
 MAX_OVERHEAD = 64 << 20  # bytes beside them
-MAX_PICKLE = 16 << 20  # bytes of instructions; those of a KNResNet-50 and its optimizer are 0.1 MB
+MAX_PICKLE = 1 << 20  # bytes of instructions; a KNResNet-50 with its optimizer has 0.1 MB
 _STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Byte", "Char", "Bool")
 ALLOWED = {
     *(f"torch {name}Storage" for name in _STORAGES),
@@ -285,8 +285,10 @@ def _check_objects(found: Any) -> None:
     if type(found) is not dict or not isinstance(found.get("model"), dict):
         raise ValueError("no dict of tensors under the key 'model'")
     for key, value in found["model"].items():
-        if type(key) is not str or type(value) is not Tensor:
-            raise ValueError(f"{str(key)[:80]!r} in 'model' is no tensor")
+        if type(key) is not str:
+            raise ValueError("a key in 'model' is no text")
+        if type(value) is not Tensor:
+            raise ValueError(f"{key[:80]!r} in 'model' is no tensor")
     namespaces, seen, waiting = 0, set(), [found]
     while waiting:
         value = waiting.pop()
