@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import timm
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -37,20 +38,19 @@ def contents(weight: Weight) -> dict[str, bytes]:
     links = {name for name in bundle.FILES if (folder / name).is_symlink()}
     if odd := sorted(strangers | links):
         raise PublishError(f"{folder}: {', '.join(odd)} missing, a link, or not of a bundle")
+    files = {name: (folder / name).read_bytes() for name in bundle.FILES}
+    if files[bundle.CARD] != card(weight).encode():
+        raise PublishError(f"{weight.name}: {bundle.CARD} is not the manifest's: run `make docs`")
     stored = bundle.Bundle(folder)
     try:
-        weights.read(folder / manifest.WEIGHTS_FILE, weight)
-        names = stored.class_names
+        with torch.device("meta"):
+            config = bundle.config(weight, timm.create_model(weight.name), stored.class_names)
         stored.predictions()
+        weights.read(folder / manifest.WEIGHTS_FILE, weight)
     except (weights.WeightsError, OSError, ValueError, KeyError, EOFError) as error:
         raise PublishError(f"{weight.name}: {first_line(error)}") from error
-    files = {name: (folder / name).read_bytes() for name in bundle.FILES}
-    config = bundle.config(weight, timm.create_model(weight.name), names)
-    if files[bundle.CONFIG] != config.encode() or files[bundle.CARD] != card(weight).encode():
-        raise PublishError(
-            f"{weight.name}: {bundle.CONFIG} or {bundle.CARD} is not what follows from the "
-            "manifest: run `make docs`"
-        )
+    if files[bundle.CONFIG] != config.encode():
+        raise PublishError(f"{weight.name}: {bundle.CONFIG} is not the manifest's: run `make docs`")
     repository = f"{manifest.namespace()}/{weight.name}"
     there = replace(weight, hub=Hub(repository, weight.hub.revision if weight.hub else ""))
     return {**files, bundle.CARD: card(there).encode()}  # the card names its repository

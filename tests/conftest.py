@@ -17,15 +17,15 @@ def upstream() -> Path:
     return folder
 
 
-_TOLD = pytest.StashKey[list[str]]()
+TOLD = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture
 def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Have a line, a count of what was tried, printed at the end of the run."""
-    return request.config.stash.setdefault(_TOLD, []).append
+    return request.config.stash.setdefault(TOLD, []).append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in terminalreporter.config.stash.get(_TOLD, []):
+    for line in terminalreporter.config.stash.get(TOLD, []):
         terminalreporter.write_line(line)

@@ -300,7 +300,7 @@ def tensor(size: str, stride: str, numel: int) -> bytes:
         b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
         + b"\x8a\x08" + numel.to_bytes(8, "little", signed=True) + b"tQ"
     )  # fmt: skip
-    shape = b"(" + size.encode() + b"t(" + stride.encode() + b"t"
+    shape = b"(" + size.encode("latin-1") + b"t(" + stride.encode("latin-1") + b"t"
     rebuilt = (
         b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + shape + b"\x89N" + b"tR"
     )
