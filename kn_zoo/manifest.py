@@ -13,12 +13,12 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 PACKAGE = Path(__file__).resolve().parent
 PRETRAINED = PACKAGE / "pretrained"  # bundles that travel with the package
@@ -33,11 +33,6 @@ MAX_TEXT = 10_000  # characters of a string in it
 
 class ManifestError(RuntimeError):
     """The manifest is missing or cannot be read; the message names the cure."""
-
-
-def _matching(pattern: str) -> Any:
-    """A field whose text matches the pattern from its first character to its last."""
-    return field(metadata={"pattern": pattern})
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,9 @@ class Reported:
 class File:
     """The stored ``model.safetensors``: full hash, size in bytes, type of its numbers."""
 
-    sha256: str = _matching(r"[0-9a-f]{64}")
+    sha256: Annotated[str, r"[0-9a-f]{64}"]
     bytes: int
-    dtype: str = _matching(r"float16|float32")
+    dtype: Annotated[str, r"float16|float32"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,8 @@ class Preprocessing:
 class Hub:
     """A Hugging Face Hub repository (``owner/name``) at one revision."""
 
-    repository: str = _matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
-    revision: str = _matching(r"[0-9a-f]{40}")
+    repository: Annotated[str, r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"]
+    revision: Annotated[str, r"[0-9a-f]{40}"]
 
     @property
     def id(self) -> str:
@@ -108,7 +103,7 @@ class Upstream:
     ``measured``: accuracy by inference statistics as somebody has verified it, None before.
     """
 
-    source: str = _matching(r"https://drive\.google\.com/file/d/[A-Za-z0-9_-]+/view")
+    source: Annotated[str, r"https://drive\.google\.com/file/d/[A-Za-z0-9_-]+/view"]
     format: str
     note: str | None
     measured: Mapping[str, Accuracy] | None = None
@@ -127,7 +122,7 @@ class Licenses:
 class Weight:
     """One entry. ``flops``: convolutions and linear layers, one image, multiply and add apart."""
 
-    name: str = _matching(r"[a-z][a-z0-9_]*\.[a-z0-9][a-z0-9_]*")
+    name: Annotated[str, r"[a-z][a-z0-9_]*\.[a-z0-9][a-z0-9_]*"]
     model_args: Mapping[str, Any]
     dataset: Dataset
     reported: Reported
@@ -251,12 +246,19 @@ def _not_a_number(text: str) -> Any:
 
 @cache
 def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as a `kind` of field; a ValueError says where it is something else."""
+    """`value` from JSON as a `kind` of field; a ValueError says where it is something else.
+
+    The annotation of a text is a pattern that it has to match from its first character to its last.
+    """
     arguments = get_args(kind)
+    if get_origin(kind) is Annotated:
+        if not re.fullmatch(arguments[1], _typed(arguments[0], value, where)):
+            raise ValueError(f"{where} is {value[:80]!r}, not {arguments[1]}")
+        return value
     if NoneType in arguments:
         return None if value is None else _typed(arguments[0], value, where)
     if is_dataclass(kind):
@@ -281,12 +283,8 @@ def _typed_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     needed = {name for name, field in known.items() if field.default is MISSING}
     if wrong := sorted(value.keys() - known.keys()) or sorted(needed - value.keys()):
         raise ValueError(f"{where} lacks, or has in excess: {', '.join(wrong)[:200]}")
-    typed = {key: _typed(_types(kind)[key], item, f"{where}.{key}") for key, item in value.items()}
-    for key, text in typed.items():
-        pattern = known[key].metadata.get("pattern")
-        if pattern and not re.fullmatch(pattern, text):
-            raise ValueError(f"{where}.{key} is {text[:80]!r}, not {pattern}")
-    return kind(**typed)
+    kinds = _types(kind)
+    return kind(**{key: _typed(kinds[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def as_file(value: Mapping[str, Any]) -> File:

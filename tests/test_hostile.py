@@ -28,7 +28,7 @@ COUNTS: Counter[str] = Counter()
 SLOWEST = [0.0]  # seconds of processor time
 SECONDS, MEBIBYTES = 10, 200  # bounds against bombs; what was measured is printed
 FUZZ = settings(
-    max_examples=300,
+    max_examples=500,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
