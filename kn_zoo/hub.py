@@ -107,7 +107,7 @@ def publish(weight: Weight, api: HfApi, private: bool = False, tags: Iterable[st
         for tag in tags:
             _tag(api, repository, tag, str(revision))
     except Exception as error:  # network, token, rights: the client's classes differ by version
-        raise PublishError(f"{weight.name}: {_cure(error, repository, api)}") from error
+        raise PublishError(f"{weight.name}: {cure(error, repository, api)}") from error
     hub = Hub(repository, str(revision))
     manifest.write_entry(replace(weight, hub=hub))
     bundle.refresh()
@@ -123,7 +123,8 @@ def _tag(api: HfApi, repository: str, tag: str, revision: str) -> None:
         api.create_tag(repository, tag=tag, revision=revision)
 
 
-def _cure(error: Exception, repository: str, api: HfApi) -> str:
+def cure(error: Exception, repository: str, api: HfApi) -> str:
+    """One line on what the Hub, or the way there, refused, and what helps."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, PublishError):
         return str(error)
@@ -135,6 +136,6 @@ def _cure(error: Exception, repository: str, api: HfApi) -> str:
     if status == 412:
         return f"{repository} was changed at the same time. Run the command again."
     return (
-        f"{repository} could not be written on {api.endpoint} ({first_line(error)}). Run the "
+        f"{repository} is out of reach on {api.endpoint} ({first_line(error)}). Run the "
         "command again: what has arrived is not sent twice."
     )

@@ -74,6 +74,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler)
         self.requests: list[str] = []
         self.faults: list[Fault] = []
+        self.resumed = 0  # answers to range requests, from the middle of a file
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.05,))
         self.thread.start()
@@ -119,6 +120,7 @@ class Request(BaseHTTPRequestHandler):
             wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             if wanted and int(wanted[1]) < len(data):
                 start, whole = int(wanted[1]), len(data)
+                self.server.resumed += start > 0
                 data, status = data[start:], 206
                 headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
         fault = self.server.fault(self.command, self.path)

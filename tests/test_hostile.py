@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import pytest
 import timm
 import tiny_zoo
 import torch
-from conftest import TOLD
+from conftest import TOLD, Peak
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as to_safetensors
@@ -43,9 +42,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
 @pytest.fixture(scope="module", autouse=True)
 def told(request: pytest.FixtureRequest) -> Iterator[None]:
     """Print the counts at the end of the run, and hold memory to its bound."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = Peak()
     yield
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = peak.grown
     counts = ", ".join(f"{count:,} {what}" for what, count in sorted(COUNTS.items()))
     request.config.stash.setdefault(TOLD, []).append(
         f"Hostile files: {COUNTS.total():,} in all: {counts}; the slowest took {SLOWEST[0]:.2f} s, "

@@ -53,7 +53,7 @@ def show(weight: Weight, api: HfApi) -> None:
     try:
         head, names = hub.changed(api, repository, files)
     except Exception as error:
-        raise hub.PublishError(f"{api.endpoint}: {hub.first_line(error)}") from error
+        raise hub.PublishError(f"{weight.name}: {hub.cure(error, repository, api)}") from error
     what = ", ".join(f"{name} ({len(files[name]):,} bytes)" for name in sorted(names))
     where = repository if head else f"{repository}, to be created"
     print(f"{where}: {what or 'nothing has changed'}")
