@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pickletools
 import re
 import shutil
@@ -23,7 +24,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
@@ -91,10 +92,12 @@ def fetch(weight: Weight) -> Path:
     """
     place = folder(weight)
     converted = place / WEIGHTS_FILE
+    if converted.is_file() and known_file(weight):  # perhaps where nothing can be written
+        return converted
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock"):  # of several processes one downloads
-            if not converted.is_file() or known_file(weight) is None:
+            if not (converted.is_file() and known_file(weight)):
                 for left_over in place.glob(".download-*"):  # by a process that was killed
                     shutil.rmtree(left_over, ignore_errors=True)
                 with tempfile.TemporaryDirectory(dir=place, prefix=".download-") as part:
@@ -240,9 +243,11 @@ def unpickle(checkpoint: Path, parameters: int) -> dict[str, Tensor]:
         CorruptWeights: it is no checkpoint, or holds more than a checkpoint has to.
     """
     try:
-        _check_archive(checkpoint, BYTES_PER_PARAMETER * parameters + MAX_OVERHEAD)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with checkpoint.open("rb") as file:
+            _check_archive(file, BYTES_PER_PARAMETER * parameters + MAX_OVERHEAD)
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(file, map_location="cpu", weights_only=True)
         _check_objects(found)
         return found["model"]
     except OSError:
@@ -254,14 +259,13 @@ def unpickle(checkpoint: Path, parameters: int) -> dict[str, Tensor]:
         ) from error
 
 
-def _check_archive(checkpoint: Path, limit: int) -> None:
+def _check_archive(file: BinaryIO, limit: int) -> None:
     """Read a checkpoint's table of contents and instructions; a ValueError says what is wrong."""
-    size = checkpoint.stat().st_size
-    if size > limit:
-        raise ValueError(f"{size:,} bytes, where this network needs at most {limit:,}")
-    if not zipfile.is_zipfile(checkpoint):
+    if file.seek(0, os.SEEK_END) > limit:
+        raise ValueError(f"more than the {limit:,} bytes that this network needs at most")
+    if not zipfile.is_zipfile(file):
         raise ValueError("not a file that torch.save writes")
-    with zipfile.ZipFile(checkpoint) as archive:
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if len({entry.filename for entry in entries}) < len(entries):
             raise ValueError("two entries of the archive have the same name")
