@@ -164,8 +164,9 @@ def _tensors(weight: Weight, cfg: PretrainedCfg, cache_dir: str | Path | None) -
     try:
         return read(path, weight)
     except CorruptWeights:
-        in_cache = "snapshots" in path.parts  # the client's name for its folders of revisions
-        if not in_cache or constants.is_offline_mode() or not os.access(path.parent, os.W_OK):
+        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+        renewable = path.is_relative_to(cache) and os.access(path.parent, os.W_OK)
+        if not renewable or constants.is_offline_mode():
             raise
     path.unlink(missing_ok=True)  # the client would keep this link even to another file
     return read(_place(weight, cfg, cache_dir, again=True), weight)

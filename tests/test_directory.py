@@ -90,6 +90,22 @@ def test_the_order_of_places(
     assert weights.locate(replace(weight, bundle=False)) == tmp_path / "from the hub"
 
 
+def test_a_damaged_file_in_a_directory_is_left_where_it_is(
+    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the cache, whatever it is called: nothing there is deleted or fetched again."""
+    snapshots = place.rename(place.with_name("snapshots"))
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(snapshots))
+    manifest.write_entry(replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT)))
+    tiny_zoo.register(monkeypatch)
+    monkeypatch.setattr(weights, "hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
+    file = snapshots / NAME / WEIGHTS_FILE
+    flip(file)
+    with pytest.raises(weights.CorruptWeights, match="kn-zoo verify"):
+        timm.create_model(NAME, pretrained=True)
+    assert file.is_file()
+
+
 def flip(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
