@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md anew: the table of weights, from the manifest.
+"""Write the generated parts of README.md anew from the manifest: its weights, and where they are.
 
 With --check nothing is written; the exit status is 1 if something would be.
 """
@@ -15,17 +15,45 @@ STATISTICS = ("expected", "plain", "sampled")
 
 def weights_table() -> str:
     """Markdown table of every weight in the manifest."""
-    head = ["weight", "evaluated on", "images", *STATISTICS, "parameters", "GFLOPs", "reported by"]
-    rows = [head, ["---"] * 2 + ["---:"] * 6 + ["---"]]
+    head = ["weight", "where", "evaluated on", "images", *STATISTICS, "parameters", "GFLOPs"]
+    rows = [[*head, "reported by"], ["---"] * 3 + ["---:"] * 6 + ["---"]]
     rows += [weight_row(weight) for weight in manifest.load().values()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def where(weight: Weight) -> str:
+    """Where a weight's file comes from."""
+    if weight.bundle and weight.file:
+        return "in the package"
+    if weight.hub and weight.file:
+        return f"[Hub](https://huggingface.co/{weight.hub.repository})"
+    return "imported on first use" if weight.upstream else "to train"
+
+
+def published() -> str:
+    """Which weights are on the Hub, which travel with the package, which are imported."""
+    weights = manifest.load().values()
+    on_hub = [f"`{w.name}` ({w.hub.id})" for w in weights if w.hub]
+    packaged = [f"`{w.name}`" for w in weights if w.bundle]
+    imported = [f"`{w.name}`" for w in weights if w.upstream]
+    unpinned = any(w.upstream and not w.file for w in weights)
+    state = "their hashes are not pinned by this project yet" if unpinned else "hashes pinned"
+    return "\n".join(
+        [
+            f"- Published on the Hugging Face Hub: {', '.join(on_hub) or 'nothing yet'}.",
+            f"- Travel with the package and the repository: {', '.join(packaged) or 'none'}.",
+            f"- Imported from the authors' Google Drive on first use: {', '.join(imported)}; "
+            f"{state}.",
+        ]
+    )
 
 
 def weight_row(weight: Weight) -> list[str]:
     accuracies = weight.reported.statistics
     top1 = [f"{accuracies[name].top1:.2f}" if name in accuracies else "" for name in STATISTICS]
     return [
-        f"`{weight.name}`" + ("" if weight.available else " (not available yet)"),
+        f"`{weight.name}`",
+        where(weight),
         f"{weight.dataset.name} {weight.dataset.split}",
         f"{weight.dataset.images:,}",
         *top1,
@@ -48,6 +76,7 @@ def replaced(text: str, section: str, content: str) -> str:
 def main(check: bool) -> int:
     text = README.read_text(encoding="utf-8")
     fresh = replaced(text, "weights", weights_table())
+    fresh = replaced(fresh, "published", published())
     if check:
         return int(fresh != text)
     if fresh != text:

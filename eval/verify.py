@@ -8,6 +8,13 @@ Under the inference statistics "expected" the five best classes of every image a
 be those of the bundle's predictions.npz up to float rounding (`kn_zoo.evaluate.compare`), and the
 accuracy must be the manifest's. For "plain" and "sampled" only the accuracy is stored: "plain" may
 be off by its near-ties, "sampled" is random (seed 0) and may be off by what chance explains.
+
+An imported weight has no stored predictions, and its authors say neither how they normalized images
+nor that other statistics would do. It is evaluated under all three, with and without mean and
+standard deviation, and the table tells which of the six reproduces the published accuracy:
+
+    python eval/verify.py knresnet50.upstream_in1k --data-dir IMAGENET --json result.json
+    kn-zoo pin result.json                                  hash and accuracies into the manifest
 """
 
 import sys
@@ -29,15 +36,21 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from kn_zoo import bundle, cli, data, evaluate, manifest, set_inference_statistics, weights
 from kn_zoo.evaluate import NEAR_TIE, Predictions
-from kn_zoo.manifest import Accuracy, Weight
+from kn_zoo.manifest import Accuracy, File, Weight
 
 DRAWS = 2  # passes under "sampled"; the images on which two differ tell how much one varies
 DEVIATIONS = 4  # standard deviations that a "sampled" accuracy may be away from the reported one
 SHOWN = 10  # images named in a line of text; --json names all
+ROUNDING = 0.005  # of an accuracy in percent that is published with two decimals
+INPUTS = {
+    "mean and std": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "[0, 1]": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}  # to an imported network
 STYLES = {"match": "green", "mismatch": "bold red", "corrupt": "bold red", "skipped": "yellow"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -78,6 +91,87 @@ class Result:
     reordered: list[int] = field(default_factory=list)
     near_ties: list[int] = field(default_factory=list)
     seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """An imported weight under one kind of inputs and statistics; accuracies are in percent."""
+
+    inputs: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    statistics: str
+    draws: int
+    top1: float
+    top5: float
+    reproduces: bool
+
+
+@dataclass
+class Sweep:
+    """The six runs of an imported weight; `allowed` is what chance explains, in percent."""
+
+    name: str
+    images: int
+    published: float
+    file: File | None = None
+    status: str = "match"
+    reasons: list[str] = field(default_factory=list)
+    allowed: dict[str, float] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    reproduced: list[Run] = field(default_factory=list)  # the nearest first
+    seconds: float = 0.0
+
+
+def sweep(weight: Weight, settings: Settings) -> Sweep:
+    """Evaluate an imported weight in every way that its publication leaves open."""
+    start = time.perf_counter()
+    (published,) = weight.reported.statistics.values()
+    result = Sweep(weight.name, weight.dataset.images, published.top1)
+    try:
+        images = whole_data_set(weight, settings)  # before 100 MB are downloaded
+        for inputs, (mean, std) in INPUTS.items():
+            run_inputs(weight, settings, images, (inputs, mean, std), result)
+        result.file = weights.expected_file(weight)
+        result.reproduced = sorted(
+            (run for run in result.runs if run.reproduces),
+            key=lambda run: abs(run.top1 - published.top1),
+        )
+        if not result.reproduced:
+            result.status, result.reasons = "mismatch", ["no run has the published accuracy"]
+    except (data.MissingData, weights.MissingWeights) as error:
+        result.status, result.reasons = "skipped", [str(error)]
+    except weights.CorruptWeights as error:
+        result.status, result.reasons = "corrupt", [str(error)]
+    result.seconds = round(time.perf_counter() - start, 1)
+    return result
+
+
+def run_inputs(
+    weight: Weight,
+    settings: Settings,
+    images: data.Images,
+    inputs: tuple[str, tuple[float, ...], tuple[float, ...]],
+    result: Sweep,
+) -> None:
+    """Add the runs under one kind of inputs. Two draws of "sampled" tell what chance does there."""
+    name, mean, std = inputs
+    overlay = {"mean": mean, "std": std}
+    model = timm.create_model(weight.name, pretrained=True, pretrained_cfg_overlay=overlay)
+    for statistics in ("sampled", "expected", "plain"):
+        set_inference_statistics(model, statistics)
+        torch.manual_seed(0)
+        draws = [
+            predict(model, images, weight, settings)
+            for _ in range(DRAWS if statistics == "sampled" else 1)
+        ]
+        if statistics == "sampled":
+            chance = DEVIATIONS * deviation([draw.hits(1) for draw in draws], 1)
+            result.allowed[name] = 100 * chance / result.images + ROUNDING
+        top1 = sum(draw.top1 for draw in draws) / len(draws)
+        top5 = sum(draw.top5 for draw in draws) / len(draws)
+        near = abs(top1 - result.published) <= result.allowed[name]
+        result.runs.append(Run(name, mean, std, statistics, len(draws), top1, top5, near))
 
 
 def verify(weight: Weight, settings: Settings) -> Result:
@@ -296,16 +390,47 @@ def table(results: list[Result], statistics: str) -> Table:
     return rows
 
 
+def sweep_table(result: Sweep) -> Table:
+    """One row a run of an imported weight."""
+    rows = Table(title=f"{result.name}: published top-1 {result.published:.2f} %", box=SIMPLE_HEAD)
+    rows.add_column("inputs")
+    rows.add_column("statistics")
+    for column in ("top-1 %", "top-5 %", "off by", "chance allows"):
+        rows.add_column(column, justify="right")
+    rows.add_column("reproduces it")
+    for run in result.runs:
+        rows.add_row(
+            run.inputs.replace("[", "\\["),
+            f"{run.statistics} ({run.draws} draws)" if run.draws > 1 else run.statistics,
+            percent(run.top1),
+            percent(run.top5),
+            f"{run.top1 - result.published:+.2f}",
+            percent(result.allowed[run.inputs]),
+            "[green]yes" if run.reproduces else "no",
+        )
+    return rows
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def report(results: list[Result], settings: Settings) -> None:
-    """The table and, below it, a line for each thing to know."""
+def report(results: list[Result], sweeps: list[Sweep], settings: Settings) -> None:
+    """The tables and, below them, a line for each thing to know."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 132)  # a file has room for a row
-    console.print(table(results, settings.statistics))
+    if results:
+        console.print(table(results, settings.statistics))
+    for found in sweeps:
+        if found.runs:
+            console.print(sweep_table(found))
+        best = [
+            f"{run.statistics} statistics on inputs with {run.inputs}" for run in found.reproduced
+        ]
+        notes = found.reasons or [f"the published accuracy is that of {', '.join(best)}"]
+        for note in notes:
+            console.print(f"{found.name}: {found.status}: {note}", markup=False, soft_wrap=True)
     for row in results:
         notes = [f"{row.status}: {reason}" for reason in row.reasons]
         if row.reordered:
@@ -319,13 +444,14 @@ def report(results: list[Result], settings: Settings) -> None:
             console.print(f"{row.name}: {note}", markup=False, soft_wrap=True)
 
 
-def as_json(results: list[Result], settings: Settings) -> str:
+def as_json(results: list[Result], sweeps: list[Sweep], settings: Settings) -> str:
     made_with = {"torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
     document = {
         "device": settings.device,
         "batch_size": settings.batch_size,
         "versions": made_with,
         "weights": [asdict(result) for result in results],
+        "upstream": [asdict(found) for found in sweeps],
     }
     return dumps(document, indent=2) + "\n"
 
@@ -348,9 +474,9 @@ def main(
     download: Annotated[bool, typer.Option("--download", help="Fetch missing CIFAR-100.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="No influence on the result.")] = 256,
-    statistics: Annotated[Statistics, typer.Option(help="Inference statistics.")] = (
-        Statistics.expected
-    ),
+    statistics: Annotated[
+        Statistics, typer.Option(help="Inference statistics; imported weights: always all.")
+    ] = Statistics.expected,
     json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
 ) -> int:
     """Verify weights: accuracy against the manifest, each image against the bundle.
@@ -363,21 +489,25 @@ def main(
     if json and (json.is_dir() or not json.parent.is_dir()):
         raise cli.UsageError(f"--json: {json} cannot be written: name a file in a folder")
     settings = Settings(data_dir, download, usable_device(device), batch_size, statistics.value)
-    results = []
+    results: list[Result] = []
+    sweeps: list[Sweep] = []
     for weight in chosen:
         try:
-            results.append(verify(weight, settings))
+            if weight.upstream:
+                sweeps.append(sweep(weight, settings))
+            else:
+                results.append(verify(weight, settings))
         except torch.OutOfMemoryError:
             raise cli.UsageError(
                 f"{device} has not enough memory for batches of {batch_size}: lower --batch-size"
             ) from None
-    if results:
-        report(results, settings)
+    report(results, sweeps, settings)
     if json:
-        manifest.write_text(json, as_json(results, settings))
-    if any(result.status in ("mismatch", "corrupt") for result in results):
+        manifest.write_text(json, as_json(results, sweeps, settings))
+    statuses = [found.status for found in (*results, *sweeps)]
+    if "mismatch" in statuses or "corrupt" in statuses:
         return 1
-    if all(result.status == "skipped" for result in results):
+    if all(status == "skipped" for status in statuses):
         print("verify.py: nothing could be verified", file=sys.stderr)
         return 2
     return 0

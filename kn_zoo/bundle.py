@@ -37,21 +37,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from kn_zoo import __version__, manifest, weights
+from kn_zoo.card import card
 from kn_zoo.evaluate import NEAR_TIE, Predictions
 from kn_zoo.manifest import WEIGHTS_FILE, File, Weight
 from kn_zoo.weights import CONFIG
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 LOG, PREDICTIONS, ENVIRONMENT = "train_log.csv", "predictions.npz", "environment.txt"
-PAPER = "https://openreview.net/forum?id=Uv3XVAEgG6"
-CITATION = f"""@article{{nasirigerdeh2024kernelnorm,
-  title={{Kernel Normalized Convolutional Networks}},
-  author={{Nasirigerdeh, Reza and Torkzadehmahani, Reihaneh and
-          Rueckert, Daniel and Kaissis, Georgios}},
-  journal={{Transactions on Machine Learning Research}},
-  year={{2024}},
-  url={{{PAPER}}}
-}}"""
 _RECORDED = ("timm", "numpy", "safetensors", "huggingface_hub")
 FILES = (WEIGHTS_FILE, CONFIG, CARD, RECIPE, LOG, PREDICTIONS, ENVIRONMENT)
 
@@ -69,7 +61,10 @@ class Bundle:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self._config()["label_names"])
+        names = self._config().get("label_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise weights.CorruptWeights(f"{self.folder / CONFIG} does not name the classes.")
+        return tuple(names)
 
     @property
     def near_tie_bound(self) -> float:
@@ -86,7 +81,15 @@ class Bundle:
         return weights.read(self.folder / WEIGHTS_FILE, self.weight)
 
     def _config(self) -> dict[str, Any]:
-        return json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        path = self.folder / CONFIG
+        try:
+            with path.open("rb") as file:
+                return manifest.parse_json(file.read(manifest.MAX_BYTES + 1))
+        except (OSError, ValueError) as error:
+            raise weights.CorruptWeights(
+                f"{path} cannot be read ({weights.first_line(error)}): get the bundle again, or "
+                "restore the file with git."
+            ) from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
         with np.load(self.folder / PREDICTIONS, allow_pickle=False) as arrays:
@@ -224,78 +227,6 @@ def config(
     if in_manifest:
         document[weights.MARKER] = weight.name
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-
-def card(weight: Weight) -> str:
-    """The model card: front matter as the Hub defines it, then what a reader wants to know."""
-    lines = []
-    for statistics, accuracy in weight.reported.statistics.items():
-        top5 = "" if accuracy.top5 is None else f"{accuracy.top5:.2f}"
-        draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
-        lines.append(f"| {statistics}{draws} | {accuracy.top1:.2f} | {top5} |")
-    front_matter = yaml.safe_dump(_front_matter(weight), sort_keys=False, allow_unicode=True)
-    names = [weight.name, *([f"hf-hub:{weight.hub.repository}"] if weight.hub else [])]
-    usage = "\n".join(f'model = timm.create_model("{n}", pretrained=True).eval()' for n in names)
-    size, steps = "x".join(map(str, weight.preprocessing.input_size)), weight.preprocessing
-    file = weight.file
-    stored = f"{file.bytes:,} bytes, {file.dtype}, SHA-256 `{file.sha256}`" if file else "none"
-    return f"""---
-{front_matter}---
-# {weight.name}
-
-A network of the model zoo `kn_zoo`, trained on {weight.dataset.name}; \
-[the paper]({PAPER}) behind the zoo.
-
-```python
-import kn_zoo, timm
-
-{usage}
-```
-
-| inference statistics | top-1 % | top-5 % |
-|---|---|---|
-{chr(10).join(lines)}
-
-Measured on {weight.dataset.images:,} images ({weight.dataset.name}, {weight.dataset.split}) by \
-{weight.reported.by}. `predictions.npz` holds the top classes of each image; \
-`python eval/verify.py {weight.name}` computes them again.
-
-- Parameters: {weight.parameters:,}
-- FLOPs of one image {size}: {weight.flops:,} (a multiplication and an addition are two)
-- Preprocessing: {steps.interpolation} resize, {steps.crop_mode} crop {steps.crop_pct:g}, \
-mean {list(steps.mean)}, std {list(steps.std)}
-- File: {stored}
-- Recipe: `{weight.recipe}`; seeds {", ".join(map(str, weight.seeds))}
-- Licence of the code: {weight.licenses.code}
-- Licence of the weights: {weight.licenses.weights}
-- Licence of the data: {weight.licenses.data}
-
-```bibtex
-{CITATION}
-```
-"""
-
-
-def _front_matter(weight: Weight) -> dict[str, Any]:
-    dataset = weight.dataset
-    accuracy = weight.reported.statistics.get("expected")
-    found = {"Top-1": accuracy.top1, "Top-5": accuracy.top5} if accuracy else {}
-    result = {
-        "task": {"type": "image-classification"},
-        "dataset": {"type": dataset.name, "name": dataset.name, "split": dataset.split},
-        "metrics": [
-            {"type": "accuracy", "name": name, "value": value} for name, value in found.items()
-        ],
-    }
-    return {
-        "license": weight.licenses.weights.lower(),
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "kernel-normalization"],
-        "datasets": [dataset.name],
-        "metrics": ["accuracy"],
-        "model-index": [{"name": weight.name, "results": [result]}],
-    }
 
 
 def environment() -> str:

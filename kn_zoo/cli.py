@@ -1,12 +1,14 @@
-"""The command `kn-zoo`: list the networks and weights, describe one, classify images.
+"""The command `kn-zoo`: list and describe networks and weights, fetch weights, classify images.
 
-Exit status: 0; 2 for bad usage, or if an image could not be classified (the others were).
+Exit status: 0; 1 if `verify` finds something wrong; 2 for bad usage, for what cannot be had, or if
+an image could not be classified (the others were).
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,11 +19,13 @@ import torch
 import typer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from timm.data import ImageNetInfo
 from torch import nn
 
 import kn_zoo
-from kn_zoo import bundle, evaluate, manifest, weights
+from kn_zoo import bundle, directory, evaluate, manifest, upstream, weights
 from kn_zoo.manifest import Weight
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 to 60 million; decoded to RGB this is 300 MB
@@ -33,7 +37,7 @@ UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Kernel Normalized networks: list them, describe one, classify images.",
+    help="Kernel Normalized networks: list them, describe one, fetch weights, classify images.",
 )
 
 
@@ -130,7 +134,7 @@ def origin(weight: Weight) -> str:
         return "in the package"
     if weight.file and weight.hub:
         return "on the Hub"
-    return "to import" if weight.upstream else "to train"
+    return "imported on first use" if weight.upstream else "to train"
 
 
 def console() -> Console:
@@ -213,6 +217,86 @@ def describe_weight(weight: Weight) -> dict[str, str]:
 
 
 @app.command()
+def download(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="[NAME]... DIR", help="architecture[.tag]; the directory")
+    ],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every weight whose hash is in the manifest.")
+    ] = False,
+) -> int:
+    """Make a directory of weights that KN_ZOO_WEIGHTS=DIR serves on a machine without a network."""
+    *names, place = arguments
+    if bool(names) == everything:
+        raise UsageError("give names and a directory, or --all and a directory")
+    chosen = [found_weight(name) for name in names]
+    if everything:
+        chosen = [weight for weight in manifest.load().values() if weight.file and weight.available]
+    with told():
+        for weight in track(chosen, "weights", console=Console(stderr=True)):
+            directory.add([weight], Path(place))
+    print(f"{place}: {', '.join(weight.name for weight in chosen)}")
+    return 0
+
+
+@app.command()
+def verify(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `kn-zoo download`.")],
+) -> int:
+    """Check every file of a directory of weights: SHA256SUMS, and the manifest for the tensors."""
+    with told():
+        wrong = directory.problems(place)
+    for line in wrong:
+        print(one_line(line))
+    print(f"{place}: {f'{len(wrong)} problems' if wrong else 'all is as it should be'}")
+    return 1 if wrong else 0
+
+
+@app.command("import")
+def import_checkpoint(
+    name: Annotated[str, typer.Argument(help="A weight of others, such as knresnet50.")],
+    file: Annotated[Path, typer.Argument(help="The checkpoint, downloaded by hand.")],
+) -> int:
+    """Check and convert a checkpoint of the authors; from then on timm.create_model loads it."""
+    weight = found_weight(name)
+    if weight.upstream is None:
+        raise UsageError(f"{weight.name} is not imported: `kn-zoo info {name}` tells about it")
+    with told():
+        stored = upstream.import_checkpoint(weight, file)
+    print(f"{weight.name}: SHA-256 {stored.sha256}, {stored.bytes:,} bytes")
+    return 0
+
+
+@app.command()
+def pin(
+    results: Annotated[
+        Path, typer.Argument(help="What `eval/verify.py NAME --json FILE` wrote on ImageNet.")
+    ],
+) -> int:
+    """Write hash and measured accuracy of an imported weight into the manifest of a checkout."""
+    if manifest.PATH.parent == manifest.PACKAGE:
+        raise UsageError("only a checkout's manifest can be changed: run this in one")
+    with told():
+        with results.open("rb") as file:
+            document = manifest.parse_json(file.read(manifest.MAX_BYTES + 1))
+        for weight in upstream.measured(document):
+            manifest.write_entry(weight)
+            print(f"{weight.name}: pinned in {manifest.PATH}")
+    return 0
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What cannot be had or written is one line; warnings are too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(one_line(message), file=sys.stderr)
+            yield
+    except (weights.WeightsError, manifest.ManifestError, OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+@app.command()
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
     model: Annotated[
@@ -256,9 +340,16 @@ def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:
             return model, model.pretrained_cfg.get("label_names") or numbers
         weight = found_weight(name) if name else default_weight()
         model = timm.create_model(weight.name, pretrained=True).eval()
-        return model, bundle.get(weight).class_names
+        return model, class_names(weight)
     except (weights.WeightsError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from None
+
+
+def class_names(weight: Weight) -> Sequence[str]:
+    if weight.upstream and not weight.hub:  # imported: there is no bundle that could tell
+        info = ImageNetInfo()
+        return [info.index_to_description(i) for i in range(weight.dataset.num_classes)]
+    return bundle.get(weight).class_names
 
 
 def default_weight() -> Weight:

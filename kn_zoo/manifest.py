@@ -2,7 +2,7 @@
 
 All that timm, the Hub, the documentation and the verification say about a weight is generated from
 its entry here; ``weights_manifest.schema.json`` tells what an entry holds. Reading needs no network
-and no file outside the package.
+and no file outside the package, and takes nothing but what these classes describe.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache, lru_cache
+from math import isfinite
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 PACKAGE = Path(__file__).resolve().parent
 PRETRAINED = PACKAGE / "pretrained"  # bundles that travel with the package
@@ -25,6 +27,8 @@ _INSTALLED = (
 )  # where a wheel puts the manifest of the checkout's root
 PATH = _INSTALLED if _INSTALLED.is_file() else PACKAGE.parent / "weights_manifest.json"
 WEIGHTS_FILE = "model.safetensors"
+MAX_BYTES = 1 << 23  # of a JSON document
+MAX_TEXT = 10_000  # characters of a string in it
 
 
 class ManifestError(RuntimeError):
@@ -62,9 +66,9 @@ class Reported:
 class File:
     """The stored ``model.safetensors``: full hash, size in bytes, type of its numbers."""
 
-    sha256: str
+    sha256: Annotated[str, r"[0-9a-f]{64}"]
     bytes: int
-    dtype: str
+    dtype: Annotated[str, r"float16|float32"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class Preprocessing:
 class Hub:
     """A Hugging Face Hub repository (``owner/name``) at one revision."""
 
-    repository: str
-    revision: str
+    repository: Annotated[str, r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"]
+    revision: Annotated[str, r"[0-9a-f]{40}"]
 
     @property
     def id(self) -> str:
@@ -94,11 +98,15 @@ class Hub:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A checkpoint published by others, in a format that the zoo converts when it loads it."""
+    """A checkpoint published by others, which `kn_zoo.upstream` downloads and converts.
 
-    source: str
+    ``measured``: accuracy by inference statistics as somebody has verified it, None before.
+    """
+
+    source: Annotated[str, r"https://drive\.google\.com/file/d/[A-Za-z0-9_-]+/view"]
     format: str
     note: str | None
+    measured: Mapping[str, Accuracy] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Licenses:
 class Weight:
     """One entry. ``flops``: convolutions and linear layers, one image, multiply and add apart."""
 
-    name: str
+    name: Annotated[str, r"[a-z][a-z0-9_]*\.[a-z0-9][a-z0-9_]*"]
     model_args: Mapping[str, Any]
     dataset: Dataset
     reported: Reported
@@ -145,8 +153,9 @@ class Weight:
 
     @property
     def available(self) -> bool:
-        """Whether there is a file whose hash is known and a place to get it from."""
-        return self.file is not None and (self.bundle or self.hub is not None)
+        """Whether there is a place to get it from."""
+        hosted = self.file is not None and (self.bundle or self.hub is not None)
+        return hosted or self.upstream is not None
 
     def pretrained_cfg(self) -> dict[str, Any]:
         """The fields of timm's ``PretrainedCfg`` that belong to the weight."""
@@ -158,29 +167,13 @@ class Weight:
         if self.file and self.hub:
             cfg["hf_hub_id"] = self.hub.id
         if self.upstream:
-            cfg["origin_url"] = self.upstream.source
+            cfg["url"] = cfg["origin_url"] = self.upstream.source
         return cfg
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Weight:
-        """An entry as ``json.load`` gives it."""
-        statistics = entry["reported"]["statistics"]
-        accuracies = {name: Accuracy(**accuracy) for name, accuracy in statistics.items()}
-        steps: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in entry["preprocessing"].items()
-        }
-        fields: dict[str, Any] = {
-            "dataset": Dataset(**entry["dataset"]),
-            "reported": Reported(entry["reported"]["by"], accuracies),
-            "file": entry["file"] and File(**entry["file"]),
-            "preprocessing": Preprocessing(**steps),
-            "hub": entry["hub"] and Hub(**entry["hub"]),
-            "upstream": entry["upstream"] and Upstream(**entry["upstream"]),
-            "licenses": Licenses(**entry["licenses"]),
-            "seeds": tuple(entry["seeds"]),
-        }
-        return cls(**{**entry, **fields})
+        """An entry as `parse_json` gives it; a ValueError says what is wrong with it."""
+        return _typed(cls, entry, str(entry.get("name"))[:80])
 
     def to_json(self) -> dict[str, Any]:
         """The entry as it stands in the manifest."""
@@ -195,13 +188,108 @@ def load(path: Path | None = None) -> Mapping[str, Weight]:
 @lru_cache
 def _load(path: Path) -> Mapping[str, Weight]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["weights"]
-        return MappingProxyType({entry["name"]: Weight.from_json(entry) for entry in entries})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = [Weight.from_json(entry) for entry in _document(path)["weights"]]
+        if len({weight.name for weight in weights}) < len(weights):
+            raise ValueError("two weights have the same name")
+        return MappingProxyType({weight.name: weight for weight in weights})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
             f"Cannot read {path} ({type(error).__name__}: {error}). "
             "Install kn_zoo again, or restore the file with git."
         ) from error
+
+
+def namespace(path: Path | None = None) -> str:
+    """Whose repositories on the Hub the weights are published in; the manifest's one setting."""
+    owner = _document(path or PATH).get("namespace")
+    if not isinstance(owner, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", owner):
+        raise ManifestError(f'{path or PATH} needs a "namespace": the owner of its repositories.')
+    return owner
+
+
+def _document(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return parse_json(file.read(MAX_BYTES + 1))
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """An object of JSON in which no key comes twice, no number is endless and no text is.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes of JSON")
+    try:
+        document = json.loads(
+            data, object_pairs_hook=_without_duplicates, parse_constant=_not_a_number
+        )
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("not an object of JSON")
+    return document
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice in an object of JSON")
+    if any(len(text) > MAX_TEXT for pair in pairs for text in pair if isinstance(text, str)):
+        raise ValueError(f"a text has more than {MAX_TEXT:,} characters")
+    return found
+
+
+def _not_a_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as a `kind` of field; a ValueError says where it is something else.
+
+    The annotation of a text is a pattern that it has to match from its first character to its last.
+    """
+    arguments = get_args(kind)
+    if get_origin(kind) is Annotated:
+        if not re.fullmatch(arguments[1], _typed(arguments[0], value, where)):
+            raise ValueError(f"{where} is {value[:80]!r}, not {arguments[1]}")
+        return value
+    if NoneType in arguments:
+        return None if value is None else _typed(arguments[0], value, where)
+    if is_dataclass(kind):
+        return _typed_fields(kind, _typed(dict, value, where), where)
+    if get_origin(kind) is tuple:
+        items = [_typed(arguments[0], item, where) for item in _typed(list, value, where)]
+        if arguments[-1] is not ... and len(items) != len(arguments):
+            raise ValueError(f"{where} has {len(items)} items, not {len(arguments)}")
+        return tuple(items)
+    if get_origin(kind) is Mapping:
+        entries = _typed(dict, value, where).items()
+        return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in entries}
+    if kind is float and type(value) is int:
+        return value
+    if kind is not Any and (type(value) is not kind or (kind is float and not isfinite(value))):
+        raise ValueError(f"{where} is {str(value)[:80]!r}, not of type {kind.__name__}")
+    return value
+
+
+def _typed_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
+    known = {field.name: field for field in fields(kind)}
+    needed = {name for name, field in known.items() if field.default is MISSING}
+    if wrong := sorted(value.keys() - known.keys()) or sorted(needed - value.keys()):
+        raise ValueError(f"{where} lacks, or has in excess: {', '.join(wrong)[:200]}")
+    kinds = _types(kind)
+    return kind(**{key: _typed(kinds[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def as_file(value: Mapping[str, Any]) -> File:
+    """A `File` from what `parse_json` gives; a ValueError says what is wrong with it."""
+    return _typed(File, value, "file")
 
 
 def find(name: str) -> Weight:
@@ -257,11 +345,16 @@ def write_entry(weight: Weight, path: Path | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by new text as a whole: a reader, or a full disk, never meets a part of it."""
+    """Replace a file by new text, see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader, or a full disk, never meets a part of it."""
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(beside, 0o644)  # mkstemp's own mode hides the file from other users

@@ -1,13 +1,16 @@
 """Find a weight's file, check it against the manifest, hand its tensors to timm.
 
-The bytes whose SHA-256 is compared are the very bytes that the tensors are made from: a file that
-is exchanged between the two cannot slip through.
+It is looked for in the bundles that travel with the package, in the directory that
+``KN_ZOO_WEIGHTS`` names, in the Hub's cache, on the Hub at the manifest's revision, and, if others
+published it, where `kn_zoo.upstream` gets it. The bytes whose SHA-256 is compared are the very
+bytes that the tensors are made from: a file exchanged between the two cannot slip through.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +18,23 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from torch import Tensor
 
-from kn_zoo import manifest
+from kn_zoo import files, manifest, upstream
+from kn_zoo.files import DIRECTORY, CorruptWeights, MissingWeights, WeightsError, first_line
 from kn_zoo.manifest import WEIGHTS_FILE, File, Weight
 
+__all__ = ["CorruptWeights", "MissingWeights", "WeightsError", "checked_source", "locate", "read"]
+
 CONFIG, MARKER = "config.json", "kn_zoo_weight"  # a bundle's config.json names its weight
+ATTEMPTS = 3  # at a download that the network broke off; the client itself resumes and waits too
 _SOURCES = ("state_dict", "file", "hf_hub_id", "url")  # in the order of timm's preference
-
-
-class WeightsError(RuntimeError):
-    """Weights that were asked for cannot be had; the message names the cure."""
-
-
-class MissingWeights(WeightsError):
-    """There is no file to load, here or on the Hub."""
-
-
-class CorruptWeights(WeightsError):
-    """A file is there, but it is not the one that the manifest describes."""
 
 
 def checked_source(
@@ -66,8 +60,7 @@ def checked_source(
         if cfg.file and not Path(cfg.file).exists():
             raise MissingWeights(f"{cfg.file} does not exist. Give the path of a checkpoint.")
         return overlay
-    tensors = read(_place(weight, cfg, cache_dir), weight)
-    return {**overlay, "state_dict": tensors, "source": None}
+    return {**overlay, "state_dict": _tensors(weight, cfg, cache_dir), "source": None}
 
 
 def model_args(
@@ -98,42 +91,85 @@ def identify(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Weight 
         return _in_folder(_folder(cfg.file))
     if cfg.hf_hub_id:
         return _in_repository(cfg.hf_hub_id, cache_dir)
-    return None if cfg.url else manifest.load().get(f"{cfg.architecture}.{cfg.tag}")
+    weight = manifest.load().get(f"{cfg.architecture}.{cfg.tag}")
+    published = weight.upstream.source if weight and weight.upstream else None
+    return weight if cfg.url in (None, "", published) else None
 
 
 def locate(
-    weight: Weight, filename: str = WEIGHTS_FILE, cache_dir: str | Path | None = None
+    weight: Weight,
+    filename: str = WEIGHTS_FILE,
+    cache_dir: str | Path | None = None,
+    again: bool = False,
 ) -> Path:
-    """A file of a weight's bundle: the one that travels with the package, else the Hub's.
+    """A file of a weight's bundle on this machine, after downloading it if it has to be.
+
+    Args:
+        cache_dir: the Hub's cache, where ``HF_HOME`` says unless given.
+        again: download it even if it is in that cache.
 
     Raises:
-        MissingWeights: it is in neither.
+        MissingWeights: it is nowhere to be had.
     """
-    embedded = weight.folder / filename
-    if weight.bundle and embedded.is_file():
-        return embedded
-    if weight.hub is None or weight.file is None:
-        raise MissingWeights(_not_available(weight))
-    return _download(weight.hub.repository, weight.hub.revision, filename, cache_dir)
+    for folder in _folders(weight):
+        if (folder / filename).is_file():
+            return folder / filename
+    if weight.hub and weight.file:
+        return _download(weight.hub.repository, weight.hub.revision, filename, cache_dir, again)
+    if weight.upstream and filename == WEIGHTS_FILE:
+        return upstream.fetch(weight)
+    raise MissingWeights(_not_available(weight))
 
 
 def read(path: Path, weight: Weight) -> dict[str, Tensor]:
     """The tensors of a file whose hash is that of the manifest, in float32.
 
     Raises:
-        MissingWeights: the file cannot be read.
+        MissingWeights: the file cannot be read, or nobody knows its hash.
         CorruptWeights: it is another file, or no safetensors file; no tensor was looked at.
     """
-    if weight.file is None:
-        raise MissingWeights(_not_available(weight))
-    data = _checked_bytes(path, weight.file, weight.name)
+    expected = expected_file(weight)
+    data = files.checked_bytes(path, expected, weight.name, _replace(path))
     try:
-        tensors = parse_safetensors(data)
-    except SafetensorError as error:
-        message = f"{path} is not a safetensors file ({error}). {_replace(path)}"
-        raise CorruptWeights(message) from error
+        tensors = files.tensors(data, expected.dtype)
+    except ValueError as error:
+        raise CorruptWeights(f"{path} is damaged: {error}. {_replace(path)}") from error
     # Every float16 is a float32. timm would otherwise adapt a stem to other channels in float16.
     return {key: x.float() if x.dtype == torch.float16 else x for key, x in tensors.items()}
+
+
+def expected_file(weight: Weight) -> File:
+    """What the file of a weight has to be: as the manifest says, else as this machine has pinned.
+
+    Raises:
+        MissingWeights: neither knows.
+    """
+    file = upstream.known_file(weight) if weight.upstream else weight.file
+    if file is None:
+        raise MissingWeights(_not_available(weight))
+    return file
+
+
+def _folders(weight: Weight) -> Iterator[Path]:
+    """Where a weight's bundle may lie without the Hub's client."""
+    if weight.bundle:
+        yield weight.folder
+    if directory := files.directory():
+        yield directory / weight.name
+
+
+def _tensors(weight: Weight, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """Read a weight's file; one that came wrong through the network is fetched once more."""
+    path = _place(weight, cfg, cache_dir)
+    try:
+        return read(path, weight)
+    except CorruptWeights:
+        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+        renewable = path.is_relative_to(cache) and os.access(path.parent, os.W_OK)
+        if not renewable or constants.is_offline_mode():
+            raise
+    path.unlink(missing_ok=True)  # the client would keep this link even to another file
+    return read(_place(weight, cfg, cache_dir, again=True), weight)
 
 
 def _let_users_source_win(overlay: dict[str, Any]) -> dict[str, Any]:
@@ -158,10 +194,11 @@ def _in_repository(hub_id: str | None, cache_dir: str | Path | None) -> Weight |
 def _marked(config: Path) -> Weight | None:
     """The weight that a ``config.json`` says it belongs to."""
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get(MARKER)
-    except (OSError, ValueError, AttributeError):
+        with config.open("rb") as file:
+            name = manifest.parse_json(file.read(manifest.MAX_BYTES + 1)).get(MARKER)
+    except (OSError, ValueError):
         return None
-    return manifest.load().get(name)
+    return manifest.load().get(name) if isinstance(name, str) else None
 
 
 def _folder(file: str) -> Path | None:
@@ -180,72 +217,70 @@ def _in_folder(folder: Path | None) -> Weight | None:
     return _marked(folder / CONFIG)
 
 
-def _place(weight: Weight, cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
+def _place(
+    weight: Weight, cfg: PretrainedCfg, cache_dir: str | Path | None, again: bool = False
+) -> Path:
     """The file that timm would load for a cfg that a manifest weight was identified from."""
     if cfg.source == "hf-hub" and cfg.hf_hub_id:
         repository, _, revision = cfg.hf_hub_id.partition("@")
-        return _download(repository, revision or None, WEIGHTS_FILE, cache_dir)
+        return _download(repository, revision or None, WEIGHTS_FILE, cache_dir, again)
     folder = _folder(cfg.file) if cfg.file else None
     if folder and folder.resolve() != weight.folder:
         return folder / WEIGHTS_FILE
-    return locate(weight, cache_dir=cache_dir)
-
-
-def _checked_bytes(path: Path, expected: File, name: str) -> bytes:
-    """All bytes of a file, after comparing their hash; no more are kept than the manifest tells."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            data = file.read(expected.bytes + 1)
-            digest.update(data)
-            size = len(data)
-            while rest := file.read(1 << 20):
-                digest.update(rest)
-                size += len(rest)
-    except OSError as error:
-        message = f"Cannot read {path} for {name} ({error.strerror}). {_replace(path)}"
-        raise MissingWeights(message) from error
-    if digest.hexdigest() != expected.sha256:
-        raise CorruptWeights(
-            f"{path} is not {name}: its SHA-256 is {digest.hexdigest()} ({size:,} bytes), in the "
-            f"manifest it is {expected.sha256} ({expected.bytes:,} bytes). {_replace(path)}"
-        )
-    return data
+    return locate(weight, cache_dir=cache_dir, again=again)
 
 
 def _download(
-    repository: str, revision: str | None, filename: str, cache_dir: str | Path | None
+    repository: str,
+    revision: str | None,
+    filename: str,
+    cache_dir: str | Path | None,
+    again: bool = False,
 ) -> Path:
+    """A file of a Hub repository; what may be a fault of the network is tried several times."""
     where = f"{filename} of {repository}@{revision or 'main'}"
-    try:
-        return Path(hf_hub_download(repository, filename, revision=revision, cache_dir=cache_dir))
-    except LocalEntryNotFoundError as error:
-        raise MissingWeights(
-            f"{where} is not in the cache, and {constants.ENDPOINT} cannot be reached "
-            f"({_first_line(error.__cause__ or error)}). Connect to the network once and unset "
-            "HF_HUB_OFFLINE, or copy the repository into a FOLDER and load 'local-dir:FOLDER'."
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        raise MissingWeights(
-            f"{where} does not exist on {constants.ENDPOINT} ({type(error).__name__}). Upgrade "
-            "kn_zoo with pip; if the repository is private, log in with `hf auth login`."
-        ) from error
-    except Exception as error:  # network, proxy, disk: the client's classes differ by version
-        raise MissingWeights(
-            f"{where} could not be downloaded from {constants.ENDPOINT} ({_first_line(error)}). "
-            "Try again; HF_HOME or cache_dir= chooses another place on disk."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    options: dict[str, Any] = {"cache_dir": cache_dir, "force_download": again}
+    for attempt in range(ATTEMPTS):
+        try:
+            return Path(hf_hub_download(repository, filename, revision=revision, **options))
+        except LocalEntryNotFoundError as error:
+            raise MissingWeights(
+                f"{where} is not in the cache, and {constants.ENDPOINT} cannot be reached or is "
+                f"no Hub ({first_line(error.__cause__ or error)}). Connect to the network once and "
+                f"unset HF_HUB_OFFLINE, or let `kn-zoo download` make a directory elsewhere, copy "
+                f"it here and name it in {DIRECTORY}."
+            ) from error
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            raise MissingWeights(
+                f"{where} does not exist on {constants.ENDPOINT} ({type(error).__name__}). Upgrade "
+                "kn_zoo with pip; if the repository is private, log in with `hf auth login`."
+            ) from error
+        except Exception as error:  # network, proxy, disk: the client's classes differ by version
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status in (401, 403):
+                raise MissingWeights(
+                    f"{constants.ENDPOINT} does not accept your token for {where} "
+                    f"({first_line(error)}). Public weights need none: unset HF_TOKEN and run "
+                    "`hf auth logout`, or log in anew with `hf auth login`."
+                ) from error
+            disk = isinstance(error, OSError) and error.errno is not None and status is None
+            if disk or attempt == ATTEMPTS - 1:
+                raise MissingWeights(
+                    f"{where} could not be downloaded from {constants.ENDPOINT} "
+                    f"({first_line(error)}). Try again; HF_HOME or cache_dir= chooses another "
+                    "place on disk."
+                ) from error
+        time.sleep(2**attempt)
+    raise AssertionError  # the last attempt returns or raises
 
 
 def _replace(path: Path) -> str:
     """How to get the right file into the place of a wrong one."""
     if path.resolve().is_relative_to(manifest.PRETRAINED):
         return "Install kn_zoo again, or restore the file with git."
+    directory = files.directory()
+    if directory and path.resolve().is_relative_to(directory.resolve()):
+        return f"Run `kn-zoo verify {directory}`, and make the directory again."
     return (
         f"Delete {path.resolve()} and get it again, at the revision that the manifest names; "
         f"if the weights are your own, take {MARKER} out of the {CONFIG} beside them."
@@ -258,16 +293,9 @@ def _not_available(weight: Weight) -> str:
             f"{weight.name} travels with kn_zoo, but {weight.folder} lacks it. "
             "Install kn_zoo again, or restore the folder with git."
         )
-    message = (
+    return (
         f"{weight.name} is not available: it is neither bundled with kn_zoo nor on the Hub. "
         f"{_how_to_train(weight.recipe)}"
-    )
-    if weight.upstream is None:
-        return message
-    return (
-        f"{message} Or get {weight.upstream.source} ({weight.upstream.format}) and call "
-        f"timm.create_model('{weight.architecture}', pretrained=True, "
-        "pretrained_cfg_overlay=dict(file=PATH))."
     )
 
 

@@ -33,7 +33,12 @@ FULL = tiny_zoo.draft(
     file=manifest.File("0" * 64, 9, "float16"),
     bundle=True,
     hub=manifest.Hub("owner/name", "a" * 40),
-    upstream=manifest.Upstream("https://example.org/file", "torch", "a note"),
+    upstream=manifest.Upstream(
+        "https://drive.google.com/file/d/an-id/view",
+        "torch",
+        "a note",
+        {"expected": manifest.Accuracy(1.0, 2.0)},
+    ),
 ).to_json()
 
 
@@ -57,7 +62,7 @@ def at(entry: Any, path: tuple[Any, ...]) -> Any:
 
 
 def valid(entry: dict[str, Any]) -> bool:
-    return VALID.is_valid({"weights": [entry]})
+    return VALID.is_valid({"namespace": "owner", "weights": [entry]})
 
 
 def test_the_manifest_obeys_its_schema() -> None:
@@ -108,7 +113,7 @@ def test_reading_and_writing_an_entry_loses_nothing(entry: dict[str, Any]) -> No
 
 def test_classes_and_schema_have_the_same_fields() -> None:
     definitions = {key: value for key, value in SCHEMA["$defs"].items() if "properties" in value}
-    for key in ("deterministic", "reported"):
+    for key in ("deterministic", "reported", "statistics"):
         definitions.pop(key)
     for key, definition in definitions.items():
         fields = {field.name for field in dataclasses.fields(getattr(manifest, key.title()))}
@@ -192,9 +197,10 @@ def test_write_entry_replaces_in_place(tmp_path: Path, monkeypatch: pytest.Monke
     assert manifest.find("net.b") == changed
     VALID.validate(
         {
+            "namespace": manifest.namespace(),
             "weights": [
                 {**w.to_json(), "parameters": 1, "flops": 1} for w in manifest.load().values()
-            ]
+            ],
         }
     )
 

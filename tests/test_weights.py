@@ -1,6 +1,7 @@
 """Loading a weight: the right numbers by every path, or no model and an error that helps."""
 
 import copy
+import hashlib
 import inspect
 import io
 import json
@@ -22,7 +23,7 @@ from timm.models._registry import _model_has_pretrained
 from tiny_zoo import ARCHITECTURE, NAME, Zoo
 from torch import nn
 
-from kn_zoo import manifest, weights
+from kn_zoo import files, manifest, weights
 
 
 @pytest.fixture
@@ -120,13 +121,13 @@ def test_a_damaged_file_is_refused_before_a_tensor_is_read(
 ) -> None:
     data = damage(zoo.file.read_bytes())
     zoo.file.write_bytes(data)
-    monkeypatch.setattr(weights, "parse_safetensors", lambda data: pytest.fail("tensors were read"))
+    monkeypatch.setattr(files, "parse_safetensors", lambda data: pytest.fail("tensors were read"))
     with pytest.raises(weights.CorruptWeights) as caught:
         path(zoo)
     message = str(caught.value)
     assert zoo.weight.file is not None
     assert zoo.weight.file.sha256 in message and f"{zoo.weight.file.bytes:,} bytes" in message
-    assert weights.hashlib.sha256(data).hexdigest() in message and f"{len(data):,} bytes" in message
+    assert hashlib.sha256(data).hexdigest() in message and f"{len(data):,} bytes" in message
     assert "Install kn_zoo again" in message or "Delete" in message
     assert "\n" not in message
     assert not Trap.sprung
@@ -149,7 +150,7 @@ def test_any_changed_byte_is_noticed(zoo: Zoo, where: int, change: int) -> None:
 def test_a_pickle_is_refused_even_with_its_hash_in_the_manifest(zoo: Zoo) -> None:
     data = exchange_for_pickle(b"")
     zoo.file.write_bytes(data)
-    file = manifest.File(weights.hashlib.sha256(data).hexdigest(), len(data), "float16")
+    file = manifest.File(hashlib.sha256(data).hexdigest(), len(data), "float16")
     manifest.write_entry(tiny_zoo.replace(zoo.weight, file=file))
     with pytest.raises(weights.CorruptWeights, match="not a safetensors file"):
         load()
@@ -159,14 +160,14 @@ def test_a_pickle_is_refused_even_with_its_hash_in_the_manifest(zoo: Zoo) -> Non
 def test_a_file_exchanged_after_the_check_is_not_used(
     zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = weights._checked_bytes
+    checked = files.checked_bytes
 
     def exchange(path: Path, *rest: Any) -> bytes:
         data = checked(path, *rest)
         path.write_bytes(b"something else")
         return data
 
-    monkeypatch.setattr(weights, "_checked_bytes", exchange)
+    monkeypatch.setattr(files, "checked_bytes", exchange)
     assert zoo.same(load())
 
 
@@ -178,19 +179,6 @@ def test_a_missing_file_is_one_error_with_a_cure(zoo: Zoo, path: Path_) -> None:
     assert "\n" not in str(caught.value)
     if path is not by_copied_folder:
         assert "Install kn_zoo again" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["knresnet18.in1k", "knresnet18"])
-def test_a_weight_that_nobody_has_says_how_to_get_it(name: str) -> None:
-    weight = manifest.find("knresnet18.in1k")
-    if weight.available:
-        pytest.skip("it is available by now")
-    with pytest.raises(weights.MissingWeights) as caught:
-        load(name)
-    message = str(caught.value)
-    assert "train_scripts/train.py" in message and "pretrained_cfg_overlay=dict(file=" in message
-    assert weight.upstream is not None and weight.upstream.source in message
-    assert "\n" not in message
 
 
 def test_an_architecture_without_any_weight_says_how_to_train() -> None:
