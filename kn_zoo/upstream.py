@@ -203,12 +203,8 @@ def _download(weight: Weight, target: Path) -> Path:
     )
     if constants.is_offline_mode():
         raise MissingWeights(f"{weight.name} is not here. Unset HF_HUB_OFFLINE. {by_hand}")
-    try:
-        import gdown
-    except ImportError:
-        raise MissingWeights(
-            f"{weight.name} is on Google Drive, which needs `pip install gdown`. {by_hand}"
-        ) from None
+    import gdown  # seldom needed, and slow to import
+
     found = re.search(r"/d/([\w-]+)/", _upstream(weight).source)
     assert found  # the manifest has no other sources
     print(f"Downloading {weight.name} from Google Drive (once) ...", file=sys.stderr)

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import sys
 import time
 import warnings
 import zipfile
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 import loopback
 import numpy as np
 import pytest
+import requests
 import timm
 import torch
 from conftest import Peak
@@ -88,8 +88,6 @@ def weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weight:
 @pytest.fixture
 def drive(published: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drive]:
     """Google Drive, as far as the downloader can see, whose pages come from this machine."""
-    requests = pytest.importorskip("requests")
-    pytest.importorskip("gdown")
     server = Drive({ID: published})
 
     class Rerouted(requests.adapters.HTTPAdapter):
@@ -219,9 +217,6 @@ def test_what_drive_may_answer(
         if isinstance(caught.value, weights.MissingWeights):
             assert f"kn-zoo import {NAME} FILE" in message and f"/d/{ID}/" in message, what
         assert files(upstream.folder(weight)) == set(), what
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(weights.MissingWeights, match=r"pip install gdown.*kn-zoo import"):
-        load()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(weights.MissingWeights, match=r"Unset HF_HUB_OFFLINE.*kn-zoo import"):
         load()
