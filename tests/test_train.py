@@ -9,6 +9,8 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import kn_zoo  # noqa: F401
 from kn_zoo import manifest
@@ -27,13 +29,30 @@ def script():
     return module
 
 
-@pytest.fixture
-def recipe(tmp_path):
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate's settings are those of the process; each test has a run of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+CROP = {"augmentation": [{"RandomCrop": {"size": 8, "padding": 1}}]}
+VARIANTS = {
+    "plain": {},
+    "on_device": {"on_device": True, **CROP},
+    "bf16 ema": {"mixed_precision": "bf16", "ema_decay": 0.9, "ema_warmup": True},
+    "compiled": {"compile": True, "on_device": True, **CROP},
+}
+
+
+@pytest.fixture(params=["plain"])
+def recipe(tmp_path, request):
     settings = yaml.safe_load(
         (ROOT / "train_scripts/recipes/knpreactresnet20_cifar.digits.yaml").read_text()
     )
     settings |= {"epochs": 2, "batch_size": 128, "sampled_draws": 2}
     settings["scheduler"] |= {"warmup_epochs": 1}
+    settings |= VARIANTS[request.param]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -43,6 +62,7 @@ def run(script, *arguments):
     return script.cli.run(script.app, [str(a) for a in arguments])
 
 
+@pytest.mark.parametrize("recipe", VARIANTS, indirect=True)
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     script, recipe, tmp_path, monkeypatch
 ):
@@ -71,6 +91,33 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert len(logs[0]) == 3
     without_seconds = [[line.rsplit(",", 1)[0] for line in log] for log in logs]
     assert without_seconds[0] == without_seconds[1]
+
+
+@pytest.mark.parametrize("recipe", ["bf16 ema"], indirect=True)
+def test_bf16_is_used_in_training_alone_and_the_average_is_what_is_stored(
+    script, recipe, tmp_path, monkeypatch
+):
+    used = {True: set(), False: set()}
+    create = script.create_model
+
+    def watched(*args):
+        model = create(*args)
+        model.stem.register_forward_hook(
+            lambda module, args, output: used[module.training].add(output.dtype)
+        )
+        return model
+
+    monkeypatch.setattr(script, "create_model", watched)
+    assert run(script, recipe, "--output", tmp_path / "run") == 0
+    assert used == {True: {torch.bfloat16}, False: {torch.float32}}
+
+    stored = timm.create_model(f"local-dir:{tmp_path / 'run' / 'bundle'}", pretrained=True)
+    last = next((tmp_path / "run").glob("epoch-*"))
+    averaged = torch.load(last / "custom_checkpoint_0.pkl")
+    trained = load_file(last / "model.safetensors")
+    for key, tensor in stored.state_dict().items():
+        assert torch.equal(tensor, averaged[f"module.{key}"].half().float())
+    assert any(not torch.equal(tensor, averaged[f"module.{k}"]) for k, tensor in trained.items())
 
 
 def test_a_folder_of_another_recipe_is_left_alone(script, recipe, tmp_path):
@@ -116,5 +163,5 @@ def test_recipes_are_whole_and_those_of_the_bundles(script, path):
     weight = manifest.load().get(recipe.name)
     if weight is not None and weight.bundle:
         stored = yaml.safe_load((weight.folder / "recipe.yaml").read_text())
-        assert stored == script.asdict(recipe)
+        assert script.Recipe(**stored) == recipe
         assert weight.recipe == str(path.relative_to(ROOT))

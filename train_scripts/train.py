@@ -27,11 +27,13 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import kn_zoo
+from batches import DeviceBatches
 from kn_zoo import bundle, cli, data, evaluate, manifest
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -55,8 +57,12 @@ class Recipe:
     licenses: dict[str, str]
     augmentation: list[dict[str, dict]] = field(default_factory=list)  # torchvision transforms
     label_smoothing: float = 0.0
-    mixed_precision: str = "no"
+    mixed_precision: str = "no"  # or bf16; evaluation is in float32
     channels_last: bool = True
+    compile: bool = False  # the training step; evaluation is eager
+    on_device: bool = False  # the training images lie in one tensor and are augmented there
+    ema_decay: float | None = None  # evaluate, and store, the moving average of the weights
+    ema_warmup: bool = False  # a decay that rises to ema_decay, for short runs
     stored_dtype: str = "float32"
     sampled_draws: int = 5  # evaluations under random statistics, averaged
     seed: int = 0
@@ -132,17 +138,25 @@ def train(
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, split_batches=True),
     )
     set_seed(recipe.seed)
+    # Said aloud, for evaluation puts it back by name, and a compiled step heeds the difference.
+    torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
     claim(folder, recipe)
     train_set = data.load(recipe.dataset, recipe.train_split, data_dir, download=download)
     eval_set = data.load(recipe.dataset, recipe.eval_split, data_dir, download=download)
     model = create_model(recipe, len(train_set.class_names))
     eval_set.transform = evaluate.eval_transform(model)
-    train_set.transform = training_transform(recipe, model)
-    loader = DataLoader(
-        train_set, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers
-    )
+    loader = training_batches(recipe, train_set, model, workers, accelerator)
+    model.to(accelerator.device)
+    ema = None
+    if recipe.ema_decay is not None:
+        ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
+        accelerator.register_for_checkpointing(ema)
     optimizer = create_optimizer_v2(model, **recipe.optimizer)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # Without the wrapper that casts: evaluation is in float32, and training casts by itself.
+    network = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    evaluated = network if ema is None else ema.module
+    forward = torch.compile(model) if recipe.compile else model
     scheduler, _ = create_scheduler_v2(
         optimizer,
         num_epochs=recipe.epochs,
@@ -159,12 +173,21 @@ def train(
 
     for epoch in range(len(history.rows), recipe.epochs):
         start = time.perf_counter()
+        network.train()
         loss = train_epoch(
-            recipe, accelerator, model, optimizer, scheduler, criterion, loader, epoch
+            recipe,
+            accelerator,
+            forward,
+            network,
+            ema,
+            optimizer,
+            scheduler,
+            criterion,
+            loader,
+            epoch,
         )
         seconds = time.perf_counter() - start
-        plain_model = accelerator.unwrap_model(model)
-        found_now = evaluate.predict(plain_model, eval_set, device=accelerator.device)
+        found_now = evaluate.predict(evaluated, eval_set, device=accelerator.device)
         row = {"epoch": epoch + 1, "loss": loss, "top1": found_now.top1, "top5": found_now.top5}
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
         history.rows.append(row)
@@ -173,7 +196,7 @@ def train(
             history.write(folder / "train_log.csv")
         save_checkpoint(accelerator, folder, epoch + 1)
     if accelerator.is_main_process:
-        finish(recipe, recipe_path, folder, accelerator.unwrap_model(model), eval_set, in_package)
+        finish(recipe, recipe_path, folder, evaluated, eval_set, in_package)
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
@@ -198,6 +221,28 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
 
+def training_batches(
+    recipe: Recipe, images: data.Images, model: nn.Module, workers: int, accelerator: Accelerator
+) -> Any:
+    if recipe.on_device:
+        return DeviceBatches(
+            images,
+            recipe.batch_size,
+            recipe.augmentation,
+            recipe.preprocessing["mean"],
+            recipe.preprocessing["std"],
+            accelerator.device,
+            recipe.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+    images.transform = training_transform(recipe, model)
+    loader = DataLoader(
+        images, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers
+    )
+    return accelerator.prepare(loader)
+
+
 def training_transform(recipe: Recipe, model: nn.Module) -> transforms.Compose:
     """The recipe's augmentations of the PIL image, then what evaluation does."""
     steps = [
@@ -211,7 +256,9 @@ def training_transform(recipe: Recipe, model: nn.Module) -> transforms.Compose:
 def train_epoch(
     recipe: Recipe,
     accelerator: Accelerator,
-    model: nn.Module,
+    forward: Any,
+    network: nn.Module,
+    ema: ModelEmaV3 | None,
     optimizer: Any,
     scheduler: Any,
     criterion: nn.Module,
@@ -219,7 +266,6 @@ def train_epoch(
     epoch: int,
 ) -> float:
     """One pass over the training images; returns the mean loss."""
-    model.train()
     loader.set_epoch(epoch)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     total = torch.zeros((), device=accelerator.device)
@@ -235,11 +281,14 @@ def train_epoch(
         for step, (images, targets) in enumerate(loader):
             images = images.to(memory_format=memory_format)
             with accelerator.autocast():
-                loss = criterion(model(images), targets)
+                logits = forward(images)
+            loss = criterion(logits.float(), targets)
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step_update(epoch * len(loader) + step + 1)
+            if ema is not None:
+                ema.update(network, epoch * len(loader) + step + 1)
             total += loss.detach()
             if step % 10 == 0:  # reading the loss waits for the device
                 progress.update(task, completed=step + 1, loss=loss.item())
