@@ -237,7 +237,12 @@ def card(weight: Weight) -> str:
     names = [weight.name, *([f"hf-hub:{weight.hub.repository}"] if weight.hub else [])]
     usage = "\n".join(f'model = timm.create_model("{n}", pretrained=True).eval()' for n in names)
     size, steps = "x".join(map(str, weight.preprocessing.input_size)), weight.preprocessing
-    file = weight.file
+    file, runs = weight.file, weight.mean_and_sd()
+    spread = (
+        ""
+        if runs is None
+        else f" (top-1 {runs[0]:.2f} ± {runs[1]:.2f} over {len(weight.runs)} seeds)"
+    )
     stored = f"{file.bytes:,} bytes, {file.dtype}, SHA-256 `{file.sha256}`" if file else "none"
     return f"""---
 {front_matter}---
@@ -265,7 +270,7 @@ Measured on {weight.dataset.images:,} images ({weight.dataset.name}, {weight.dat
 - Preprocessing: {steps.interpolation} resize, {steps.crop_mode} crop {steps.crop_pct:g}, \
 mean {list(steps.mean)}, std {list(steps.std)}
 - File: {stored}
-- Recipe: `{weight.recipe}`; seeds {", ".join(map(str, weight.seeds))}
+- Recipe: `{weight.recipe}`; seeds {", ".join(map(str, weight.seeds))}{spread}
 - Licence of the code: {weight.licenses.code}
 - Licence of the weights: {weight.licenses.weights}
 - Licence of the data: {weight.licenses.data}

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import mean, stdev
 from types import MappingProxyType
 from typing import Any
 
@@ -43,11 +44,15 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent; ``draws`` passes over the data were averaged (1 unless sampled)."""
+    """Accuracies in percent; ``draws`` passes over the data were averaged (1 unless sampled).
+
+    ``top1_sd`` is the standard deviation over the draws, where it was measured.
+    """
 
     top1: float
     top5: float | None
     draws: int = 1
+    top1_sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,18 @@ class Reported:
 
     by: str
     statistics: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training from one seed came to, by inference statistics."""
+
+    seed: int
+    statistics: Mapping[str, Accuracy]
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Run:
+        return cls(entry["seed"], _accuracies(entry["statistics"]))
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,7 @@ class Weight:
     licenses: Licenses
     recipe: str | None
     seeds: tuple[int, ...]
+    runs: tuple[Run, ...] = ()  # one a seed, if there are several
     # Taken from the trained model by `kn_zoo.bundle.write`, and from where it is published.
     parameters: int = 0
     flops: int = 0
@@ -148,6 +166,13 @@ class Weight:
         """Whether there is a file whose hash is known and a place to get it from."""
         return self.file is not None and (self.bundle or self.hub is not None)
 
+    def mean_and_sd(self, statistics: str = "expected") -> tuple[float, float] | None:
+        """Top-1 over the runs, and its sample standard deviation; None if there are no runs."""
+        if len(self.runs) < 2:
+            return None
+        found = [run.statistics[statistics].top1 for run in self.runs]
+        return mean(found), stdev(found)
+
     def pretrained_cfg(self) -> dict[str, Any]:
         """The fields of timm's ``PretrainedCfg`` that belong to the weight."""
         cfg: dict[str, Any] = asdict(self.preprocessing)
@@ -164,8 +189,7 @@ class Weight:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Weight:
         """An entry as ``json.load`` gives it."""
-        statistics = entry["reported"]["statistics"]
-        accuracies = {name: Accuracy(**accuracy) for name, accuracy in statistics.items()}
+        accuracies = _accuracies(entry["reported"]["statistics"])
         steps: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in entry["preprocessing"].items()
@@ -179,12 +203,24 @@ class Weight:
             "upstream": entry["upstream"] and Upstream(**entry["upstream"]),
             "licenses": Licenses(**entry["licenses"]),
             "seeds": tuple(entry["seeds"]),
+            "runs": tuple(Run.from_json(run) for run in entry.get("runs", ())),
         }
         return cls(**{**entry, **fields})
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as it stands in the manifest."""
-        return json.loads(json.dumps(asdict(self)))
+        """The entry as it stands in the manifest, which is silent of runs that were not made."""
+        entry = json.loads(json.dumps(asdict(self, dict_factory=_measured)))
+        if not entry["runs"]:
+            del entry["runs"]
+        return entry
+
+
+def _measured(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if key != "top1_sd" or value is not None}
+
+
+def _accuracies(statistics: Mapping[str, Any]) -> dict[str, Accuracy]:
+    return {name: Accuracy(**accuracy) for name, accuracy in statistics.items()}
 
 
 def load(path: Path | None = None) -> Mapping[str, Weight]:
