@@ -10,20 +10,20 @@ import sys
 import time
 from pathlib import Path
 
-import experiments
 import numpy as np
 import pytest
 import timm
 import torch
-import train
-import training
 import yaml
 from accelerate.state import AcceleratorState
-from recipe import Recipe, names
 from safetensors.torch import load_file
 
+import experiments
 import kn_zoo  # noqa: F401
+import train
+import training
 from kn_zoo import bundle, cli, data, evaluate, manifest
+from recipe import Recipe, names
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train.py"
@@ -219,30 +219,14 @@ def test_bf16_is_used_in_training_alone_and_the_average_is_what_is_stored(
     )
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path, launcher):
+def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path):
     recipe = write_recipe(
         tmp_path / "recipe.yaml", model_args={"dropout_p": 0.0}, **VARIANTS["on_device"]
     )
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(recipe, "--output", one, "--updates", "12") == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        + ["--main_process_port", port],
-    }[launcher]
-    command = [sys.executable, "-m", *launch, SCRIPT, recipe, "--output", two, "--updates", "12"]
-    done = subprocess.run(
-        [str(c) for c in command],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    in_processes(*torchrun, SCRIPT, recipe, "--output", two, "--updates", "12")
     logs = [np.genfromtxt(f / training.LOG, delimiter=",", names=True) for f in (one, two)]
     assert np.allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-3)
     stored = [bundle.Bundle(folder / "bundle").predictions() for folder in (one, two)]
@@ -251,6 +235,23 @@ def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path, l
     model = timm.create_model(f"local-dir:{two / 'bundle'}", pretrained=True)
     again = evaluate.predict(model, test)
     assert not len(evaluate.compare(again, stored[1]).mismatches)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def in_processes(*command):
+    """Run a module in processes of their own, one thread each."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_parts_of_a_batch_add_up_to_it(tmp_path):
@@ -323,16 +324,14 @@ def test_a_folder_of_another_recipe_is_left_alone(recipe, tmp_path):
         (None, "not a recipe"),
     ],
 )
-def test_a_bad_recipe_is_one_line_and_status_2(tmp_path, text, reason):
+def test_a_bad_recipe_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, text, reason):
     path = tmp_path / "recipe.yaml"
     if text is not None:
         path.write_text(text)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, path], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    assert run(path) == 2
+    said = capfd.readouterr().err
+    assert reason in said and len(said.strip().splitlines()) == 1
     assert list(tmp_path.glob("runs")) == []
 
 

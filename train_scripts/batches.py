@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import Place, load, training_transform
-from recipe import Recipe, UserError
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from images import Place, load, training_transform
+from recipe import Recipe, UserError
 
 Batch = tuple[Tensor, Tensor]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from recipe import UserError
 from rich.console import Console
 from safetensors import SafetensorError
+
+from recipe import UserError
 
 KEPT = 2  # the newest, and the one before in case the newest is damaged
 SUMS = "SHA256SUMS"

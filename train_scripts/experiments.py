@@ -11,16 +11,16 @@ from statistics import mean, stdev
 
 import torch
 import yaml
-from images import Place, load_training, split_off
-from recipe import Recipe, UserError
 from torch import nn
-from training import LOG, Diverged, Pace, Trainer, console
 
 import kn_zoo
+from images import Place, load_training, split_off
 from kn_zoo import bundle, data, manifest
 from kn_zoo.evaluate import Predictions
 from kn_zoo.layers import KNConv2d
 from kn_zoo.manifest import Accuracy, Run
+from recipe import Recipe, UserError
+from training import LOG, Diverged, Pace, Trainer, console
 
 RESULT = "result.json"
 FIRST_RATE = 0.2  # the paper's search begins there

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipe import Recipe, UserError
 from timm.data import create_dataset
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 from torchvision import transforms
 
 from kn_zoo import data, evaluate
+from recipe import Recipe, UserError
 
 
 @dataclass

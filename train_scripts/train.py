@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from experiments import lr_search, train_seeds
 from images import Place
+from kn_zoo import cli, data, manifest
 from recipe import Recipe, UserError
 from training import Interrupted, Pace
-
-from kn_zoo import cli, data, manifest
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import images
 import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, gather_object, set_seed
-from batches import Share, create_batches, seed_of, seeded
-from images import Place
-from recipe import Recipe, UserError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
@@ -28,9 +23,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+import checkpoints
+import images
 import kn_zoo  # noqa: F401  registers the networks
+from batches import Share, create_batches, seed_of, seeded
+from images import Place
 from kn_zoo import manifest
 from kn_zoo.evaluate import Predictions, eval_transform, predict
+from recipe import Recipe, UserError
 
 LOG = "train_log.csv"
 PULSE = 10  # updates between looks at the loss, each of which waits for the device
