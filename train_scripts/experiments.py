@@ -85,8 +85,8 @@ def read_result(folder: Path) -> Run:
 
 def report(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
     """Round the weights as they will be stored, evaluate those, and write the result beside."""
-    dtype = round_if_harmless(trainer)
-    statistics, predictions = accuracies(trainer)
+    dtype, predictions = round_if_harmless(trainer)
+    statistics = {"expected": rounded([predictions])} | other_statistics(trainer)
     for name, accuracy in statistics.items():
         trainer.say(f"{name}: top-1 {accuracy.top1:.2f}  top-5 {accuracy.top5:.2f}")
     trainer.say(f"{trainer.state.seconds / 3600:.3g} hours of training")
@@ -96,43 +96,37 @@ def report(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
     return dtype, predictions
 
 
-def round_if_harmless(trainer: Trainer) -> torch.dtype:
-    """Round to the recipe's type, unless that changes a prediction; returns what was done."""
+def round_if_harmless(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
+    """Round to the recipe's type, unless that changes a prediction; what was done, and those."""
     model, wanted = trainer.evaluated, getattr(torch, trainer.recipe.stored_dtype)
-    if wanted is torch.float32:
-        return wanted
     exact = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    before = trainer.evaluate(trainer.test_set, "evaluating")
+    before = trainer.evaluate(trainer.test_set, "expected")
+    if wanted is torch.float32:
+        return wanted, before
     bundle.round_weights(model, wanted)
     after = trainer.evaluate(trainer.test_set, f"as {trainer.recipe.stored_dtype}")
     changed = int((before.indices[:, 0] != after.indices[:, 0]).sum())
     if not changed:
-        return wanted
-    trainer.say(f"{wanted} would change {changed} predictions: storing float32")
+        return wanted, after
+    trainer.say(f"{trainer.recipe.stored_dtype} changes {changed} predictions: storing float32")
     model.load_state_dict(exact)
-    return torch.float32
+    return torch.float32, before
 
 
-def accuracies(trainer: Trainer) -> tuple[dict[str, Accuracy], Predictions]:
-    """Accuracy under each inference statistics, and the predictions under the default one.
-
-    A network without kernel normalization has but one, entered as "expected".
-    """
+def other_statistics(trainer: Trainer) -> dict[str, Accuracy]:
+    """Accuracy under "plain" and "sampled" statistics, of a network that has them."""
     model, images, draws = trainer.evaluated, trainer.test_set, trainer.recipe.sampled_draws
-    predictions = trainer.evaluate(images, "expected")
-    table = {"expected": rounded([predictions])}
     if not is_kernel_normalized(model):
-        return table, predictions
+        return {}
     kn_zoo.set_inference_statistics(model, "plain")
-    table["plain"] = rounded([trainer.evaluate(images, "plain")])
+    plain = trainer.evaluate(images, "plain")
     kn_zoo.set_inference_statistics(model, "sampled")
     sampled = []
     for draw in range(draws):
         torch.manual_seed(draw + draws * trainer.accelerator.process_index)
         sampled.append(trainer.evaluate(images, f"sampled {draw + 1}/{draws}"))
-    table["sampled"] = rounded(sampled)
     kn_zoo.set_inference_statistics(model, "expected")
-    return table, predictions
+    return {"plain": rounded([plain]), "sampled": rounded(sampled)}
 
 
 def is_kernel_normalized(model: nn.Module) -> bool:

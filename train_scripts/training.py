@@ -100,6 +100,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.pace = recipe, folder, pace
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes would not meet there
             mixed_precision=recipe.mixed_precision,
             log_with="tensorboard",
             project_config=ProjectConfiguration(logging_dir=str(folder)),
