@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 import yaml
@@ -222,7 +223,7 @@ def is_over(top1: Sequence[float]) -> bool:
     return len(top1) - 1 - max(range(len(top1)), key=top1.__getitem__) >= WORSE_RATES
 
 
-def write_table(path: Path, rows: Sequence[dict[str, float]]) -> None:
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()

@@ -39,13 +39,20 @@ class Part(Subset):
         self.dataset.transform = transform
 
 
-class InMemory(list):
-    """Images as their transform made them, once: (tensor, class id) by index."""
-
-    transform = "made"  # `evaluate.predict` shall not set one
+class InMemory:
+    """A data set of small images that keeps what the transform makes of them."""
 
     def __init__(self, images: Any) -> None:
-        super().__init__(images[i] for i in range(len(images)))
+        self.images, self.made = images, {}
+        self.transform = images.transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self.made:
+            self.made[index] = self.images[index]
+        return self.made[index]
 
 
 def load(name: str, split: str, place: Place, *, training: bool = False, seed: int = 0) -> Any:

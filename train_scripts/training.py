@@ -311,7 +311,8 @@ class Trainer:
     def evaluate(self, dataset: Any, progress: str | None = None) -> Predictions:
         """Predictions for every image, each made by one process, known to all of them."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        device, workers = self.accelerator.device, self.pace.workers
+        device = self.accelerator.device
+        workers = 0 if self.recipe.on_device else self.pace.workers
         options = dict(device=device, workers=workers, progress=progress if rank == 0 else None)
         if processes == 1:
             return predict(self.evaluated, dataset, **options)
