@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from images import Place, load, training_transform
+from images import Place, load_training, training_transform
 from recipe import Recipe, UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ def create_batches(
 ) -> Any:
     """The kind of batches that the data set and the recipe ask for."""
     if isinstance(images, IterableDataset):
-        return StreamBatches(recipe, images, model, place, workers, device, share)
+        return StreamBatches(recipe, model, place, workers, device, share)
     if len(images) < recipe.batch_size:
         raise UserError(f"a batch of {recipe.batch_size} needs more than {len(images)} images")
     if recipe.on_device:
@@ -148,7 +148,6 @@ class StreamBatches:
     def __init__(
         self,
         recipe: Recipe,
-        images: Any,
         model: nn.Module,
         place: Place,
         workers: int,
@@ -162,10 +161,12 @@ class StreamBatches:
         self.recipe, self.place, self.workers = recipe, place, workers
         self.transform = training_transform(recipe, model)
         self.device, self.size = device, recipe.batch_size // share.processes
-        images.set_loader_cfg(num_workers=workers)
-        self.updates = len(images) // self.size
-        if self.updates == 0:
-            raise UserError(f"a batch of {recipe.batch_size} needs more than {len(images)} images")
+        self.updates = len(self.open(seed=0)) // self.size
+
+    def open(self, seed: int) -> Any:
+        images = load_training(self.recipe, self.place, seed=seed, batch_size=self.size)
+        images.set_loader_cfg(num_workers=self.workers)
+        return images
 
     def __len__(self) -> int:
         return self.updates
@@ -173,9 +174,7 @@ class StreamBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         # A new stream each epoch: readers' own generators would go on from wherever they were.
         seed = seed_of(self.recipe.seed, number)
-        name = self.recipe.train_dataset or self.recipe.dataset
-        images = load(name, self.recipe.train_split, self.place, training=True, seed=seed >> 32)
-        images.set_loader_cfg(num_workers=self.workers)
+        images = self.open(seed >> 32)
         images.transform = Counted(self.transform, seed)
         loader = DataLoader(
             images,
@@ -183,11 +182,8 @@ class StreamBatches:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),  # seeds the readers in the workers
-            drop_last=True,
         )
         for step, (pixels, targets) in enumerate(loader):
-            if step == self.updates:
-                return
             if step >= start:
                 yield to_device(pixels, targets, self.device)
 

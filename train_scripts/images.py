@@ -55,9 +55,12 @@ class InMemory:
         return self.made[index]
 
 
-def load(name: str, split: str, place: Place, *, training: bool = False, seed: int = 0) -> Any:
+def load(name: str, split: str, place: Place, *, training: bool = False, **stream: Any) -> Any:
     """A data set of `kn_zoo.data`, or else one by timm's name: folder (or a tar), torch/, hfds/,
-    and for training also wds/, hfids/ and tfds/, which stream."""
+    and for training also wds/, hfids/ and tfds/, which stream.
+
+    `stream`: seed and batch_size of one that streams. Raises MissingData or UserError.
+    """
     if name in data.SPLITS:
         return data.load(name, split, place.data_dir, download=place.download)
     try:
@@ -67,7 +70,7 @@ def load(name: str, split: str, place: Place, *, training: bool = False, seed: i
             split=split,
             is_training=training,
             download=place.download,
-            seed=seed,
+            **stream,
         )
     except ImportError as error:
         raise UserError(f"{name}: {error}; pip install -e '.[stream]'") from None
@@ -82,9 +85,9 @@ def load(name: str, split: str, place: Place, *, training: bool = False, seed: i
     return found
 
 
-def load_training(recipe: Recipe, place: Place) -> Any:
+def load_training(recipe: Recipe, place: Place, **stream: Any) -> Any:
     name = recipe.train_dataset or recipe.dataset
-    return load(name, recipe.train_split, place, training=True, seed=recipe.seed)
+    return load(name, recipe.train_split, place, training=True, **stream)
 
 
 def class_names(images: Any, recipe: Recipe) -> list[str]:
