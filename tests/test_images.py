@@ -24,18 +24,17 @@ def digits(tmp_path_factory):
     """Some of the digits as PNG files: folder/train/CLASS, all.tar and four shards."""
     root = tmp_path_factory.mktemp("digits")
     images = data.load("digits", "train")
-    shards = [tarfile.open(root / f"digits-{i}.tar", "w") for i in range(4)]
-    for number in range(IMAGES):
-        image, target = images[number]
-        file = root / "folder" / "train" / str(target) / f"{number:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(file)
-        for name, content in (("png", file.read_bytes()), ("cls", str(target).encode())):
-            info = tarfile.TarInfo(f"{number:04d}.{name}")
-            info.size = len(content)
-            shards[number % 4].addfile(info, io.BytesIO(content))
-    for shard in shards:
-        shard.close()
+    for shard in range(4):
+        with tarfile.open(root / f"digits-{shard}.tar", "w") as tar:
+            for number in range(shard, IMAGES, 4):
+                image, target = images[number]
+                file = root / "folder" / "train" / str(target) / f"{number:04d}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(file)
+                for name, content in (("png", file.read_bytes()), ("cls", str(target).encode())):
+                    info = tarfile.TarInfo(f"{number:04d}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
     with tarfile.open(root / "all.tar", "w") as tar:
         tar.add(root / "folder" / "train", "digits")
     return root

@@ -1,6 +1,6 @@
 """The first losses of every recipe, committed, which show a change of it that nobody meant.
 
-    python train_scripts/fingerprint.py              compute anew what recipes/fingerprints.csv holds
+    python train_scripts/fingerprint.py              write recipes/fingerprints.csv anew
     python train_scripts/fingerprint.py NAME ...     only those
 
 Each recipe's own seed, images, augmentation, network, optimizer and schedule, but eager, in float32

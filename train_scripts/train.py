@@ -44,7 +44,7 @@ def main(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
     updates: Annotated[
-        int | None, typer.Option(help="cut the run off there, evaluate and bundle: a dry run")
+        int | None, typer.Option(help="a dry run: cut it off there, evaluate, bundle; one draw")
     ] = None,
     minutes: Annotated[
         float, typer.Option(help="stop, resumably, when training has taken so long")
@@ -63,9 +63,9 @@ def main(
 ) -> int:
     try:
         settings = Recipe.read(recipe, variant)
-        settings = replace(
-            settings, epochs=epochs or settings.epochs, updates=updates or settings.updates
-        )
+        settings = replace(settings, epochs=epochs or settings.epochs)
+        if updates is not None:
+            settings = replace(settings, updates=updates, sampled_draws=1)
         folder = output or Path("runs") / settings.name
         place, pace = Place(data_dir, download), Pace(workers, checkpoint_minutes, minutes)
         if search_lr:
