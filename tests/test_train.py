@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train.py"
 RECIPES = sorted((ROOT / "train_scripts" / "recipes").glob("*.yaml"))
 SHARED = ROOT.parent / "shared"
-UPDATES = 9  # an epoch of the digits in batches of 128
+UPDATES = 4  # an epoch of 596 digits in batches of 128
 
 CROP = {"augmentation": [{"RandomCrop": {"size": 8, "padding": 1}}]}
 VARIANTS = {
@@ -62,7 +62,7 @@ def recipe(tmp_path, request):
 def write_recipe(path, **changes):
     digits = ROOT / "train_scripts/recipes/knpreactresnet20_cifar.digits.yaml"
     settings = yaml.safe_load(digits.read_text())
-    settings |= {"epochs": 2, "batch_size": 128, "sampled_draws": 2}
+    settings |= {"epochs": 2, "batch_size": 128, "sampled_draws": 2, "train_split": "test"}
     settings["scheduler"] |= {"warmup_epochs": 1}
     path.write_text(yaml.safe_dump(settings | changes))
     return path
@@ -96,11 +96,11 @@ def assert_same_end(one, other):
     assert (one / training.LOG).read_bytes() == (other / training.LOG).read_bytes()
 
 
-@pytest.mark.parametrize("recipe", VARIANTS, indirect=True)
+@pytest.mark.parametrize("recipe", ["bf16 ema", "compiled", "mixup"], indirect=True)
 def test_ctrl_c_in_either_epoch_does_not_change_a_bit_of_the_end(recipe, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(recipe, "--output", whole) == 0
-    for stop in (4, UPDATES + 3):
+    for stop in (2, UPDATES + 3):
         with monkeypatch.context() as patch:
             at_update(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
             assert run(recipe, "--output", parts) == 130
@@ -114,7 +114,7 @@ def test_killed_twice_it_ends_where_an_uninterrupted_run_does(recipe, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(recipe, "--output", whole) == 0
     command = [sys.executable, SCRIPT, recipe, "--output", parts, "--checkpoint-minutes", "0"]
-    for least in (3, UPDATES + 2):
+    for least in (2, UPDATES + 1):
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as child:
             while child.poll() is None and newest(parts) < least:
                 time.sleep(0.01)
@@ -135,23 +135,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 ):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_update(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_update(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(recipe, "--output", folder, "--checkpoint-minutes", "0") == 143
-    last = folder / "checkpoint-000000005"
+    last = folder / "checkpoint-000000003"
     if name is None:
         shutil.rmtree(last)
         last.mkdir()
     else:
         file = last / name
         os.truncate(file, file.stat().st_size // 2)
-    assert run(recipe, "--output", folder, "--updates", "5") == 2  # another recipe: nothing is done
+    assert run(recipe, "--output", folder, "--updates", "3") == 2  # another recipe: nothing is done
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        at_update(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_update(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert run(recipe, "--output", folder) == 130
     said = "".join(capfd.readouterr().err.split())
     assert f"{last / (name or 'SHA256SUMS')}isdamaged" in said
-    assert f"resumedfrom{folder / 'checkpoint-000000004'}" in said
+    assert f"resumedfrom{folder / 'checkpoint-000000002'}" in said
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(recipe, tmp_path, monkeypatch, capfd):
@@ -174,20 +174,20 @@ def test_a_loss_that_is_no_number_stops_with_its_batch(tmp_path, monkeypatch, ca
     forward = training.Trainer.update
 
     def poisoned(self, pixels, targets):
-        return forward(self, pixels * (float("nan") if self.state.updates == 12 else 1), targets)
+        return forward(self, pixels * (float("nan") if self.state.updates == 6 else 1), targets)
 
     monkeypatch.setattr(training.Trainer, "update", poisoned)
     folder = tmp_path / "run"
     assert run(recipe, "--output", folder, "--checkpoint-minutes", "0") == 2
-    assert "the loss is nan at batch 3 of epoch 2" in capfd.readouterr().err
-    assert newest(folder) == 12
+    assert "the loss is nan at batch 2 of epoch 2" in capfd.readouterr().err
+    assert newest(folder) == 6
 
 
 def test_the_clock_stops_a_run_resumably(recipe, tmp_path, capfd):
     folder = tmp_path / "run"
     for update in (1, 2):
         assert run(recipe, "--output", folder, "--minutes", "0") == 75
-        assert f"after {update} of 18 updates; the same command" in capfd.readouterr().err
+        assert f"after {update} of 8 updates; the same command" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["bf16 ema"], indirect=True)
@@ -226,7 +226,7 @@ def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path):
         model_args={"dropout_p": 0.0},
         optimizer={"opt": "sgd", "lr": 0.01},  # higher rates amplify what rounding makes different
         scheduler={"sched": "cosine", "min_lr": 0.01},
-        batch_size=300,  # four updates an epoch
+        batch_size=148,  # four updates an epoch
         **VARIANTS["on_device"],
     )
     one, two = tmp_path / "one", tmp_path / "two"
@@ -304,7 +304,7 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path):
 
 def test_seeds_are_kept_apart_and_reported_together(recipe, tmp_path, capfd):
     folder = tmp_path / "run"
-    options = ["--output", folder, "--updates", "6"]
+    options = ["--output", folder, "--updates", "2"]
     assert run(recipe, "--seeds", "3", "1", "2", *options) == 0
     runs = {seed: experiments.read_result(folder / f"seed-{seed}") for seed in (3, 1, 2)}
     top1 = [runs[seed].statistics["expected"].top1 for seed in (3, 1, 2)]
@@ -318,7 +318,7 @@ def test_seeds_are_kept_apart_and_reported_together(recipe, tmp_path, capfd):
 
 def test_a_rate_is_searched_on_held_out_images_alone(tmp_path, monkeypatch, capfd):
     recipe = write_recipe(tmp_path / "recipe.yaml", epochs=1)
-    accuracy = {0.2: 0.0, 0.1: 12.0, 0.05: 40.0, 0.025: 39.0, 0.0125: 30.0}
+    accuracy = {0.2: 0.0, 0.1: 12.0, 0.05: 40.0, 0.025: 35.0, 0.0125: 30.0}
     seen = []
 
     def watched(self, dataset, progress=None):
@@ -335,8 +335,8 @@ def test_a_rate_is_searched_on_held_out_images_alone(tmp_path, monkeypatch, capf
     assert run(recipe, "--output", folder, "--lr-search") == 0
     table = np.genfromtxt(folder / "lr_search.csv", delimiter=",", names=True)
     assert table["lr"].tolist() == list(accuracy)
-    assert np.allclose(table["top1"], list(accuracy.values()), atol=1)
-    assert set(seen) == {int(table["images"][0])} and 110 < seen[0] < 130
+    assert np.allclose(table["top1"], list(accuracy.values()), atol=2)
+    assert set(seen) == {int(table["images"][0])} and 50 < seen[0] < 70
     assert "lr 0.05;" in capfd.readouterr().err
     monkeypatch.setattr(training.Trainer, "train", None)  # what is known is not trained again
     assert run(recipe, "--output", folder, "--lr-search") == 0

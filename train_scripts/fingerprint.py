@@ -1,7 +1,7 @@
 """The first losses of every recipe, committed, which show a change of it that nobody meant.
 
-    python train_scripts/fingerprint.py              write recipes/fingerprints.csv anew
-    python train_scripts/fingerprint.py NAME ...     only those
+- `python train_scripts/fingerprint.py` writes recipes/fingerprints.csv anew
+- `python train_scripts/fingerprint.py NAME ...` only those rows
 
 Each recipe's own seed, images, augmentation, network, optimizer and schedule, but eager, in float32
 and in batches of 8 images, so that a CPU can follow. Recipes whose images are not there keep their
@@ -29,7 +29,7 @@ PATH = RECIPES / "fingerprints.csv"
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample"
 UPDATES, IMAGES = 4, 8
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def first_losses(recipe: Recipe) -> list[dict[str, float]]:

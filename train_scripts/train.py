@@ -1,8 +1,8 @@
 """Train a network from a recipe, evaluate what is stored, and write its bundle.
 
-    python train_scripts/train.py train_scripts/recipes/knpreactresnet20_cifar.digits.yaml
-    python train_scripts/train.py train_scripts/recipes/cifar100.yaml knresnet18_cifar.cifar100_b256
-    accelerate launch --num_processes 8 train_scripts/train.py RECIPE           # several devices
+- `python train_scripts/train.py train_scripts/recipes/knpreactresnet20_cifar.digits.yaml`
+- `python train_scripts/train.py train_scripts/recipes/cifar100.yaml knresnet18_cifar.cifar100_b256`
+- `accelerate launch --num_processes 8 train_scripts/train.py RECIPE` (or torchrun: several devices)
 
 The recipe decides everything that changes the result. A run lives in runs/NAME/: checkpoints,
 train_log.csv, TensorBoard's events, and at the end bundle/. Stopped at any moment, in whatever way,
@@ -25,16 +25,16 @@ from kn_zoo import cli, data, manifest
 from recipe import Recipe, UserError
 from training import Interrupted, Pace
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
-@app.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "))
+@app.command(help=__doc__)
 def main(
     recipe: Annotated[Path, typer.Argument(help="a YAML file, such as those in recipes/")],
     variant: Annotated[
         str | None, typer.Argument(help="which recipe of the file, if it holds several")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="run folder [default: runs/NAME]")] = None,
+    output: Annotated[Path | None, typer.Option(help="run folder (default: runs/NAME)")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder that holds the data sets")] = None,
     download: Annotated[bool, typer.Option(help="fetch the data set if it is missing")] = False,
     workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
