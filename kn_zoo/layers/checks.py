@@ -10,9 +10,10 @@ else:  # what TorchScript calls it; it takes tuples too
     Ints = list[int]
 
 INFERENCE_STATISTICS = ("expected", "plain", "sampled")
+DROPOUTS = ("mask", "sums")
 
 
-def check_settings(dropout_p: float, eps: float, inference_statistics: str) -> None:
+def check_settings(dropout_p: float, eps: float, inference_statistics: str, dropout: str) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: use a probability in [0, 1); 0 turns dropout off")
     if not eps > 0.0:
@@ -21,6 +22,8 @@ def check_settings(dropout_p: float, eps: float, inference_statistics: str) -> N
         raise ValueError(
             f"inference_statistics={inference_statistics!r}: use one of {INFERENCE_STATISTICS}"
         )
+    if dropout not in DROPOUTS:
+        raise ValueError(f"dropout={dropout!r}: use one of {DROPOUTS}")
 
 
 def padding_sides(padding: int | tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import Ints, check_settings, check_window, padding_sides
-from .moments import pixel_moments, runs_eagerly
+from .moments import pixel_moments
 from .statistics import expected_variance, unit_moments
 
 
@@ -18,6 +18,7 @@ def kernel_norm(
     dropout_p: float,
     statistics: str,
     eps: float,
+    dropout: str = "mask",
 ) -> Tensor:
     """Functional form of `KernelNorm2d`; see there. `padding`: left, right, top, bottom."""
     unbatched = x.dim() == 3
@@ -26,7 +27,7 @@ def kernel_norm(
     check_window(x, kernel_size, padding, [1, 1])
     x = _side_by_side(x, kernel_size, stride, padding)
     p = dropout_p if statistics == "sampled" else 0.0
-    mean, var = pixel_moments(x, p, runs_eagerly())
+    mean, var = pixel_moments(x, p, dropout)
     pivot = mean.mean([2, 3], keepdim=True)
     mu, var = unit_moments(mean - pivot, var, pivot, kernel_size, kernel_size, [0, 0, 0, 0], [1, 1])
     if statistics == "expected":
@@ -74,15 +75,17 @@ class KernelNorm2d(nn.Module):
         dropout_p: float = 0.1,
         eps: float = 1e-5,
         inference_statistics: str = "expected",
+        dropout: str = "mask",
     ) -> None:
         super().__init__()
-        check_settings(dropout_p, eps, inference_statistics)
+        check_settings(dropout_p, eps, inference_statistics, dropout)
         self.kernel_size = nn.modules.utils._pair(kernel_size)
         self.stride = self.kernel_size if stride is None else nn.modules.utils._pair(stride)
         self.padding_sides = padding_sides(padding)
         self.dropout_p = float(dropout_p)
         self.eps = float(eps)
         self.inference_statistics = inference_statistics
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         statistics = "sampled" if self.training else self.inference_statistics
@@ -94,13 +97,14 @@ class KernelNorm2d(nn.Module):
             self.dropout_p,
             statistics,
             self.eps,
+            self.dropout,
         )
 
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding_sides}, "
             f"dropout_p={self.dropout_p}, eps={self.eps}, "
-            f"inference_statistics={self.inference_statistics!r}"
+            f"inference_statistics={self.inference_statistics!r}, dropout={self.dropout!r}"
         )
 
 
@@ -115,9 +119,10 @@ class KernelNorm1d(nn.Module):
         dropout_p: float = 0.1,
         eps: float = 1e-5,
         inference_statistics: str = "expected",
+        dropout: str = "mask",
     ) -> None:
         super().__init__()
-        check_settings(dropout_p, eps, inference_statistics)
+        check_settings(dropout_p, eps, inference_statistics, dropout)
         left, right = (padding, padding) if isinstance(padding, int) else padding
         self.kernel_size = (1, kernel_size)
         self.stride = (1, kernel_size if stride is None else stride)
@@ -125,6 +130,7 @@ class KernelNorm1d(nn.Module):
         self.dropout_p = float(dropout_p)
         self.eps = float(eps)
         self.inference_statistics = inference_statistics
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         statistics = "sampled" if self.training else self.inference_statistics
@@ -136,11 +142,12 @@ class KernelNorm1d(nn.Module):
             self.dropout_p,
             statistics,
             self.eps,
+            self.dropout,
         ).squeeze(-2)
 
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size[1]}, stride={self.stride[1]}, "
             f"padding={self.padding_sides[:2]}, dropout_p={self.dropout_p}, eps={self.eps}, "
-            f"inference_statistics={self.inference_statistics!r}"
+            f"inference_statistics={self.inference_statistics!r}, dropout={self.dropout!r}"
         )

@@ -1,15 +1,21 @@
 """Mean and variance over the channels of each pixel, with dropout: the layer's one pass over x.
 
-Two forms of the same numbers. `dense_moments` is plain differentiable operations: compilers fuse
-it, transforms and exporters see through it. `channel_moments` is an operator that keeps only x,
-the means and a seed for the backward pass, which draws the mask again from its seed.
+Three forms of the same numbers:
 
-On a CPU random numbers cost more than arithmetic, so the operator draws one number per *dropped*
-element, the geometrically distributed gap to the next, and subtracts those from the full sums:
-p * N * C * H * W draws and no mask at all.
+`dense_moments`     plain differentiable operations: compilers fuse them, transforms and exporters
+                    see through them
+`masked_moments`    run one by one, on a CPU a few images at a time, with a gradient that is added
+                    in place; `channel_moments` is the operator made of the two
+`power_sums` and    the same by drawing the sums that a mask leaves instead of the mask,
+`drawn_moments`     dense or one by one
+
+A mask is drawn from a seed, and for the backward pass again. On a CPU random numbers cost more than
+arithmetic, so one number is drawn per *dropped* element, the geometrically distributed gap to the
+next, and those are subtracted from the full sums: p * N * C * H * W draws and no mask at all.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +23,16 @@ from torch import Tensor
 
 # Squared mean over variance from which float32 sums of squares lose over 3e-5 of the variance.
 ILL_CONDITIONED = 256.0
-# With fewer channels a pixel may lose nearly all its energy, and differences of sums their digits.
-SPARSE_MASK_CHANNELS = 16
+# With fewer channels a pixel may lose nearly all its energy: differences of sums lose their digits,
+# and sums over what a mask leaves are not nearly normal.
+FEW_CHANNELS = 16
+# Numbers that are worked on at a time on a CPU: two megabytes, what a core's own cache holds.
+PART = 2**19
 
 
 def dense_moments(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) -> mean and variance (N, 1, H, W) of dropout(x, p), in float32 at least."""
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        x = x.float()
+    x = wide(x)
     if p > 0.0:
         x = F.dropout(x, p, True)
     first = x[:, :1]  # relative to one of the pixel's own numbers, two sums lose no digits,
@@ -34,16 +42,86 @@ def dense_moments(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return mean + first, (square - mean * mean).clamp_min(0.0)
 
 
-def pixel_moments(x: Tensor, p: float, eager: bool) -> tuple[Tensor, Tensor]:
-    """`dense_moments` in the form that suits where it runs."""
+def pixel_moments(x: Tensor, p: float, dropout: str) -> tuple[Tensor, Tensor]:
+    """Differentiable mean and variance over the channels of each pixel, after dropout.
+
+    `dropout`: "mask" drops elements, "sums" draws what is left, see `drawn_moments`; of few
+    channels, whose sums are far from normal, it always drops elements.
+    """
+    if p > 0.0 and draws_sums(x, dropout):
+        sums = dense_power_sums(x)
+        return drawn_moments(sums, standard_normals(sums[0]), p, x.shape[1])
     if torch.jit.is_scripting():
         return dense_moments(x, p)
     else:
-        if p > 0.0 and (eager or x.device.type == "cpu"):  # compiled random numbers are slow there
+        if p > 0.0 and (runs_eagerly() or x.device.type == "cpu"):  # compiled, randoms are slow
             return channel_moments(x, p, torch.randint(2**62, (), device="cpu"))
-        if eager:
+        if runs_eagerly():
             return channel_moments(x, 0.0, torch.zeros((), dtype=torch.int64, device="cpu"))
         return dense_moments(x, p)
+
+
+def draws_sums(x: Tensor, dropout: str, few: int = FEW_CHANNELS) -> bool:
+    """TorchScript knows no constants of a module, hence the last argument."""
+    return dropout == "sums" and x.shape[1] >= few
+
+
+def drawn_moments(
+    sums: tuple[Tensor, Tensor, Tensor, Tensor], normal: Tensor, p: float, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Moments under dropout from two random numbers a pixel, (2, N, 1, H, W), instead of a mask.
+
+    They depend only on the sums over channels of x * m and (x * m)^2, m = keep / (1 - p). Those are
+    drawn from the normal distribution that has the mask's means, variances and covariance: exact in
+    the first two moments, and as near to the mask beyond as a sum over channels is to normal. A
+    pixel's variance may turn out negative; that of a unit is clamped. `sums`: of x, x^2, x^3, x^4.
+    """
+    q = 1.0 / (1.0 - p)
+    scale = sums[1].clamp_min(1e-30).sqrt()
+    slant = sums[2] / scale
+    # Where one channel holds all, nothing is left: without a floor the root's slope is infinite.
+    rest = torch.maximum(sums[3] - slant * slant, 1e-4 * sums[3]).clamp_min(1e-30).sqrt()
+    noise = slant * normal[0] + rest * normal[1]
+    mean = (sums[0] + math.sqrt(p * q) * scale * normal[0]) / channels
+    square = (q * sums[1] + math.sqrt(p * q) * q * noise) / channels
+    return computed_once(mean), computed_once(square - mean * mean)
+
+
+def dense_power_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over channels of x, x^2, x^3 and x^4: (N, C, H, W) -> four (N, 1, H, W)."""
+    x = wide(x)
+    square = x * x
+    return (
+        x.sum([1], keepdim=True),
+        square.sum([1], keepdim=True),
+        (square * x).sum([1], keepdim=True),
+        (square * square).sum([1], keepdim=True),
+    )
+
+
+def standard_normals(maps: Tensor) -> Tensor:
+    """Two standard normal numbers for each of `maps`, stacked."""
+    if torch.jit.is_scripting():
+        return torch.stack([torch.randn_like(maps), torch.randn_like(maps)])
+    else:
+        if torch.compiler.is_compiling() and maps.device.type == "cpu":
+            # what Inductor makes of randn takes thirteen times as long there
+            return seeded_normals(maps.detach(), torch.randint(2**62, (), device="cpu"))
+        return torch.stack([torch.randn_like(maps), torch.randn_like(maps)])
+
+
+@torch.library.custom_op(
+    "kn_zoo::seeded_normals", mutates_args=(), schema="(Tensor maps, Tensor seed) -> Tensor"
+)
+def seeded_normals(maps: Tensor, seed: Tensor) -> Tensor:
+    """`standard_normals` drawn from `seed`, an integer tensor on the CPU."""
+    generator = torch.Generator(maps.device).manual_seed(int(seed))
+    return maps.new_empty((2, *maps.shape)).normal_(generator=generator)
+
+
+@seeded_normals.register_fake
+def _(maps: Tensor, seed: Tensor) -> Tensor:
+    return maps.new_empty((2, *maps.shape))
 
 
 def runs_eagerly() -> bool:
@@ -68,6 +146,11 @@ def computed_once(maps: Tensor) -> Tensor:
         return maps
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or wider."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
 @torch.library.custom_op(
     "kn_zoo::channel_moments",
     mutates_args=(),
@@ -75,43 +158,21 @@ def computed_once(maps: Tensor) -> Tensor:
 )
 def channel_moments(x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As `dense_moments`, with the mask drawn from `seed`, an integer tensor on the CPU."""
-    x = _dense(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
-    if p == 0.0:
-        return _moments(x)
-    if not _visits_dropped_only(x):
-        return _moments(x * _keep(x, p, seed))
-    flat, position, pixel = _dropped(x, p, seed)
-    value = flat[position]
-    first, second = _channel_sums(x)
-    dropped = torch.zeros(2, first.numel(), dtype=x.dtype)
-    dropped[0].index_add_(0, pixel, value)
-    dropped[1].index_add_(0, pixel, value * value)
-    first = (first - dropped[0].view_as(first)) / (1.0 - p)
-    second = (second - dropped[1].view_as(second)) / (1.0 - p) ** 2
-    mean = first / x.shape[1]
-    return mean, (second / x.shape[1] - mean * mean).clamp_min_(0.0)
+    return masked_moments(x, p, int(seed))
 
 
 @torch.library.custom_op(
     "kn_zoo::channel_moments_backward",
     mutates_args=(),
-    schema="(Tensor constant, Tensor slope, Tensor x, float p, Tensor seed) -> Tensor",
+    schema="(Tensor grad_mean, Tensor grad_var, Tensor mean, Tensor x, float p, Tensor seed)"
+    " -> Tensor",
 )
 def channel_moments_backward(
-    constant: Tensor, slope: Tensor, x: Tensor, p: float, seed: Tensor
+    grad_mean: Tensor, grad_var: Tensor, mean: Tensor, x: Tensor, p: float, seed: Tensor
 ) -> Tensor:
-    """keep / (1 - p) * (constant + slope * keep / (1 - p) * x), with the mask of the forward pass.
-
-    `constant`, `slope`: one-channel maps (N, 1, H, W); the result has the shape and type of x.
-    """
-    x = _dense(x)
-    if not _visits_dropped_only(x):
-        keep = _keep(x, p, seed)
-        return (keep * (constant + slope * keep * x)).to(x.dtype)
-    constant, slope = constant / (1.0 - p), slope / (1.0 - p) ** 2
-    grad = torch.mul(x, slope, out=torch.empty_like(x)).add_(constant)
-    flat, position, _ = _dropped(grad, p, seed)
-    flat[position] = 0.0
+    """The gradient for x, in its shape and type."""
+    grad = torch.zeros_like(x)
+    add_moments_gradient_(grad, x, grad_mean, grad_var, mean, p, int(seed))
     return grad
 
 
@@ -123,7 +184,7 @@ def _(x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @channel_moments_backward.register_fake
-def _(constant: Tensor, slope: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
+def _(grad_mean, grad_var, mean, x, p, seed) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -134,15 +195,80 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None, None]:
     x, mean, seed = ctx.saved_tensors
-    slope = 2.0 / x.shape[1] * grad_var
-    constant = grad_mean / x.shape[1] - slope * mean
-    if ctx.p > 0.0:
-        return channel_moments_backward(constant, slope, x, ctx.p, seed), None, None
-    constant, slope = layout_of(x, constant), layout_of(x, slope)
-    return (slope * x).add(constant).to(x.dtype), None, None
+    return channel_moments_backward(grad_mean, grad_var, mean, x, ctx.p, seed), None, None
 
 
 channel_moments.register_autograd(_backward, setup_context=_setup_context)
+
+
+def masked_moments(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
+    """As `dense_moments`, not differentiable, with the mask that belongs to `seed`."""
+    x = walkable(x)
+    if p > 0.0 and not _draws_gaps(x):
+        x, p = wide(x) * factors(x, p, seed), 0.0
+    if x.device.type != "cpu":  # one fused pass there, and no wait for a look at the numbers
+        return torch.var_mean(wide(x), 1, correction=0, keepdim=True)[::-1]
+    found = []
+    for part, dropped in _parts_and_dropped(x, p, seed):
+        here = wide(x[part])
+        found.append(_moments(here) if dropped is None else _moments_without(here, dropped, p))
+    if not found:
+        return dense_moments(x, 0.0)
+    mean, var = zip(*found, strict=True)
+    return torch.cat(mean), torch.cat(var)
+
+
+def add_moments_gradient_(
+    grad: Tensor, x: Tensor, grad_mean: Tensor, grad_var: Tensor, mean: Tensor, p: float, seed: int
+) -> None:
+    """Add what flows back through `masked_moments` to `grad`, of shape, type and strides of x."""
+    slope = grad_var * (2.0 / x.shape[1])
+    constant = grad_mean / x.shape[1] - slope * mean
+    if p > 0.0 and not _draws_gaps(x):
+        factor = factors(x, p, seed)
+        grad += factor * (constant + slope * factor * x)
+        return
+    constant = layout_of(x, constant / (1.0 - p))
+    slope = layout_of(x, slope / (1.0 - p) ** 2)
+    for part, dropped in _parts_and_dropped(x, p, seed):
+        here = wide(grad[part])
+        if dropped is not None:
+            before = _flat(here)[dropped]
+        here.addcmul_(wide(x[part]), slope[part]).add_(constant[part])
+        if dropped is not None:
+            _flat(here)[dropped] = before
+        if here.dtype != grad.dtype:
+            grad[part] = here
+
+
+def power_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `dense_power_sums`, not differentiable, a few images at a time."""
+    found = [torch.cat(dense_power_sums(x[part]), 1) for part in in_parts(x)]
+    sums = torch.cat(found) if found else torch.cat(dense_power_sums(x), 1)  # (N, 4, H, W)
+    return sums[:, :1], sums[:, 1:2], sums[:, 2:3], sums[:, 3:]
+
+
+def add_power_sums_gradient_(grad: Tensor, x: Tensor, grad_sums: tuple[Tensor, ...]) -> None:
+    """Add what flows back through `power_sums`: a polynomial of x with one-channel coefficients."""
+    coefficients = [layout_of(x, power * g) for power, g in enumerate(grad_sums, 1)]
+    for part in in_parts(x):
+        here = wide(x[part])
+        c1, c2, c3, c4 = (c[part] for c in coefficients)
+        polynomial = (here * c4).add_(c3).mul_(here).add_(c2).mul_(here).add_(c1)
+        grad[part] += polynomial.to(grad.dtype)
+
+
+def in_parts(x: Tensor) -> list[slice]:
+    """Images to work on at a time: on a CPU so few that they stay in its cache."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return [slice(None)] if x.numel() else []
+    step = max(1, PART // x[0].numel())
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+
+def walkable(x: Tensor) -> Tensor:
+    """x laid out as channels_last or contiguous, so that it can be walked in memory order."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def layout_of(x: Tensor, maps: Tensor) -> Tensor:
@@ -153,8 +279,6 @@ def layout_of(x: Tensor, maps: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.device.type != "cpu":  # one fused pass there, and no wait for a look at the numbers
-        return torch.var_mean(x, 1, correction=0, keepdim=True)[::-1]
     first, second = _channel_sums(x)
     mean = first / x.shape[1]
     var = (second / x.shape[1] - mean * mean).clamp_min_(0.0)
@@ -165,37 +289,67 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def _moments_without(x: Tensor, dropped: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Moments of x * keep / (1 - p), the dropped elements given by their places in memory."""
+    first, second = _channel_sums(x)
+    value, pixel = _flat(x)[dropped], _pixel(x, dropped)
+    lost = x.new_zeros(2, first.numel())
+    lost[0].index_add_(0, pixel, value)
+    lost[1].index_add_(0, pixel, value * value)
+    mean = (first - lost[0].view_as(first)) / ((1.0 - p) * x.shape[1])
+    square = (second - lost[1].view_as(second)) / ((1.0 - p) ** 2 * x.shape[1])
+    return mean, (square - mean * mean).clamp_min_(0.0)
+
+
 def _channel_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and sum of squares over channels, (N, C, H, W) -> two (N, 1, H, W)."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x.sum(1, keepdim=True), norm * norm
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x laid out as channels_last or contiguous, so that it can be walked in memory order."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+def _draws_gaps(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.shape[1] >= FEW_CHANNELS
 
 
-def _visits_dropped_only(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.shape[1] >= SPARSE_MASK_CHANNELS
-
-
-def _keep(x: Tensor, p: float, seed: Tensor) -> Tensor:
+def factors(x: Tensor, p: float, seed: int) -> Tensor:
     """Dropout's factors for x: 1 / (1 - p) with probability 1 - p, else 0."""
-    generator = torch.Generator(x.device).manual_seed(int(seed))
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if _draws_gaps(x):
+        found = torch.full_like(x, 1.0 / (1.0 - p), dtype=dtype)
+        _flat(found)[_bernoulli_positions(x.numel(), p, seed)] = 0.0
+        return found
+    generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.empty_like(x, dtype=dtype).bernoulli_(1.0 - p, generator=generator)
     return keep.div_(1.0 - p)
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x in memory order (a view where it can be), the dropped positions in it, and their pixels."""
-    channels, area = x.shape[1], x.shape[2] * x.shape[3]
-    position = _bernoulli_positions(x.numel(), p, int(seed))
+def _parts_and_dropped(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """`in_parts`, each with the places in memory, within the part, of what is dropped."""
+    parts = in_parts(x)
+    if p == 0.0:
+        yield from ((part, None) for part in parts)
+        return
+    size = x[:1].numel()
+    place = _bernoulli_positions(x.numel(), p, seed)
+    stops = torch.tensor([part.stop * size for part in parts])
+    ends = torch.searchsorted(place, stops).tolist()
+    for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+        yield part, place[start:end] - part.start * size
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A view of x in memory order."""
     if x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).reshape(-1), position, position // channels
-    pixel = position // (channels * area) * area + position % area
-    return x.reshape(-1), position, pixel
+        x = x.permute(0, 2, 3, 1)
+    return x.view(-1)
+
+
+def _pixel(x: Tensor, place: Tensor) -> Tensor:
+    """The pixels, counted over images, rows and columns, of places in the memory of x."""
+    channels, area = x.shape[1], x.shape[2] * x.shape[3]
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return place // channels
+    return place // (channels * area) * area + place % area
 
 
 def _bernoulli_positions(count: int, p: float, seed: int) -> Tensor:

@@ -23,6 +23,30 @@ from torch import Tensor
 from .checks import Ints
 
 
+def unit_statistics(
+    deviation: Tensor,
+    var: Tensor,
+    pivot: Tensor,
+    eps: float,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    channels: int,
+    expected_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`unit_moments`, and 1 / sqrt(var + eps): three maps (N, 1, H', W').
+
+    With `expected_p` above 0 the last is of the variance expected under dropout.
+    """
+    mu, var = unit_moments(deviation, var, pivot, kernel_size, stride, padding, dilation)
+    drawn = var
+    if expected_p > 0.0:
+        n = channels * kernel_size[0] * kernel_size[1]
+        drawn = expected_variance(mu + pivot, var, expected_p, n)
+    return mu, var, (drawn + eps).rsqrt()
+
+
 def unit_moments(
     deviation: Tensor,
     var: Tensor,
@@ -61,6 +85,57 @@ def box_mean(maps: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints) -> T
             )
         maps = total
     return maps / (kernel_size[0] * kernel_size[1])
+
+
+def box_mean_adjoint(
+    grad: Tensor, size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints
+) -> Tensor:
+    """What flows back through `box_mean` of a map of `size` (H, W): (N, 1, H', W') -> (N, 1, H, W).
+
+    Every pixel gets from each window it belongs to.
+    """
+    for dim in (3, 2):
+        spread = grad.new_zeros([*grad.shape[:dim], size[dim - 2], *grad.shape[dim + 1 :]])
+        span = stride[dim - 2] * (grad.shape[dim] - 1) + 1
+        for i in range(kernel_size[dim - 2]):
+            first = i * dilation[dim - 2]
+            places = slice(first, first + span, stride[dim - 2])
+            (spread[:, :, places] if dim == 2 else spread[:, :, :, places]).add_(grad)
+        grad = spread
+    return grad.div_(kernel_size[0] * kernel_size[1])
+
+
+def unit_statistics_backward(
+    grad_mu: Tensor,
+    grad_rstd: Tensor,
+    deviation: Tensor,
+    pivot: Tensor,
+    mu: Tensor,
+    var: Tensor,
+    rstd: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    channels: int,
+    expected_p: float,
+) -> tuple[Tensor, Tensor]:
+    """What flows back through `unit_statistics` to `deviation` and to its variance of pixels."""
+    grad_var = grad_rstd * rstd.pow(3).mul_(-0.5)
+    if expected_p > 0.0:
+        n = channels * kernel_size[0] * kernel_size[1]
+        slope = 2.0 * expected_p * (1.0 - 1.0 / n) / (1.0 - expected_p)
+        grad_mu = grad_mu + slope * grad_var * (mu + pivot)
+        grad_var = grad_var * ((1.0 - expected_p / n) / (1.0 - expected_p))
+    grad_var = grad_var * (var > 0.0)  # a variance that was clamped is a constant
+    grad_mu = grad_mu - 2.0 * mu * grad_var
+    height, width = deviation.shape[2], deviation.shape[3]
+    left, right, top, bottom = padding
+    size = [height + top + bottom, width + left + right]
+    inner = (..., slice(top, top + height), slice(left, left + width))
+    grad_square = box_mean_adjoint(grad_var, size, kernel_size, stride, dilation)[inner]
+    grad_mean = box_mean_adjoint(grad_mu, size, kernel_size, stride, dilation)[inner]
+    return grad_mean + 2.0 * deviation * grad_square, grad_square
 
 
 def expected_variance(mu: Tensor, var: Tensor, p: float, n: int) -> Tensor:

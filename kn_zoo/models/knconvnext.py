@@ -44,6 +44,7 @@ class KNConvNeXt(StagedNetwork):
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.1,
         inference_statistics: str = "expected",
+        dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -70,6 +71,7 @@ class KNConvNeXt(StagedNetwork):
                     dilation=d,
                     dropout_p=dropout_p,
                     inference_statistics=inference_statistics,
+                    dropout=dropout,
                 )
                 way = nn.Sequential(OrderedDict(act=act(), conv=conv))
             dilation = (scale.dilation, scale.dilation)

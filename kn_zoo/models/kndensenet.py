@@ -68,12 +68,15 @@ class KNDenseNet(StagedNetwork):
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.1,
         inference_statistics: str = "expected",
+        dropout: str = "mask",
         drop_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
+        statistics: dict[str, Any] = dict(
+            inference_statistics=inference_statistics, dropout=dropout
+        )
         shape: dict[str, Any] = dict(kernel_size=3, padding=1, dropout_p=dropout_p, **dd)
         conv: Callable[..., nn.Module] = partial(KNConv2d, **shape, **statistics)
         act = activation(act_layer)

@@ -160,13 +160,16 @@ class PreActResNet(StagedNetwork):
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.05,
         inference_statistics: str = "expected",
+        dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
+        statistics: dict[str, Any] = dict(
+            inference_statistics=inference_statistics, dropout=dropout
+        )
         pre: Layer = partial(norm_act, norm, act=activation(act_layer), dd=dd)
         if norm == "kernel":
             conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
@@ -278,7 +281,7 @@ def _check_baseline(variant: str, norm: str, kwargs: dict[str, Any]) -> None:
     """A baseline has no kernel normalization, nor takes what only that has a use for."""
     if norm == "kernel":
         raise ValueError(f"norm='kernel': use kn{variant}")
-    for name in ("dropout_p", "inference_statistics"):
+    for name in ("dropout_p", "inference_statistics", "dropout"):
         if name in kwargs:
             raise TypeError(f"{variant} got an unexpected argument {name!r}: use kn{variant}")
 

@@ -156,13 +156,16 @@ class KNResNet(StagedNetwork):
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.05,
         inference_statistics: str = "expected",
+        dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        statistics: dict[str, Any] = dict(inference_statistics=inference_statistics)
+        statistics: dict[str, Any] = dict(
+            inference_statistics=inference_statistics, dropout=dropout
+        )
         conv: Conv = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
         act = activation(act_layer)
         chs = channels[0]
