@@ -51,7 +51,9 @@ def test_the_first_losses_are_the_committed_ones(name):
 def test_a_changed_recipe_has_other_losses(change):
     name = "knpreactresnet20_cifar.digits"
     changed = compute(fingerprint.replace(RECIPES[name], **change))
-    differences = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(changed, CURVES[name], strict=True)]
+    differences = [
+        abs(a["loss"] / b["loss"] - 1) for a, b in zip(changed, CURVES[name], strict=True)
+    ]
     assert differences[0] > 1e-3 or max(differences) > 2e-2
 
 
