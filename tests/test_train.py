@@ -371,6 +371,43 @@ def test_a_bad_recipe_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, tex
     assert list(tmp_path.glob("runs")) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"name": "nonsense.digits"}, "name, preprocessing or model_args will not do"),
+        ({"model_args": {"nonsense": 1}}, "model_args will not do"),
+        ({"optimizer": {"opt": "nonsense", "lr": 0.1}}, "optimizer will not do"),
+        ({"scheduler": {"sched": "cosine", "nonsense": 1}}, "scheduler will not do"),
+        ({"mixup": {"nonsense": 1}}, "mixup will not do"),
+        ({"augmentation": [{"Nonsense": {}}]}, "augmentation or erasing will not do"),
+        ({"mixup": {"mixup_alpha": 0.2}, "batch_size": 127}, "a multiple of 2"),
+        ({"batch_size": 600}, "a batch of 600 needs more than 596 images"),
+        ({"held_out": 1.0}, "leaves nothing on one side"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_that_will_not_do_is_named(tmp_path, capfd, changes, reason):
+    path = write_recipe(tmp_path / "recipe.yaml", **changes)
+    assert run(path, "--output", tmp_path / "run") == 2
+    said = capfd.readouterr().err
+    assert reason in said and len(said.strip().splitlines()) == 1
+
+
+def test_held_out_images_are_what_progress_is_measured_on(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path / "recipe.yaml", held_out=0.2)
+    evaluated = []
+    evaluate = training.Trainer.evaluate
+
+    def watched(self, dataset, progress=None):
+        evaluated.append(len(dataset))
+        return evaluate(self, dataset, progress)
+
+    monkeypatch.setattr(training.Trainer, "evaluate", watched)
+    assert run(path, "--output", tmp_path / "run", "--updates", "2") == 0
+    progress, *report = evaluated
+    assert 110 < progress < 130 and set(report) == {596}
+
+
 def test_missing_images_are_status_2(tmp_path):
     recipe = ROOT / "train_scripts/recipes/knpreactresnet20_cifar.cifar100.yaml"
     assert run(recipe, "--output", tmp_path / "run", "--data-dir", tmp_path) == 2

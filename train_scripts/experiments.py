@@ -68,6 +68,7 @@ def train_seeds(
             top1 = [run.statistics["expected"].top1 for run in runs]
             trainer.say(f"top-1 of {len(runs)} seeds: {mean(top1):.2f}, SD {stdev(top1):.2f}")
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()
 
 
 def claim(folder: Path, recipe: Recipe) -> None:

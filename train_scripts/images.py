@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, Subset
 from torchvision import transforms
 
 from kn_zoo import data, evaluate
-from recipe import Recipe, UserError
+from recipe import Recipe, UserError, settings
 
 
 @dataclass
@@ -130,10 +130,11 @@ def training_transform(recipe: Recipe, model: nn.Module) -> transforms.Compose:
     """The recipe's augmentations of the PIL image, then pixels as evaluation has them."""
     colours, resize_and_normalize = evaluate.eval_transform(model).transforms
     pixels = resize_and_normalize.transforms[-2:]  # to a tensor, normalized
-    steps = [
-        getattr(transforms, name)(**arguments)
-        for step in recipe.augmentation
-        for name, arguments in step.items()
-    ]
-    erasing = [] if recipe.erasing is None else [transforms.RandomErasing(**recipe.erasing)]
+    with settings("augmentation or erasing"):
+        steps = [
+            getattr(transforms, name)(**arguments)
+            for step in recipe.augmentation
+            for name, arguments in step.items()
+        ]
+        erasing = [] if recipe.erasing is None else [transforms.RandomErasing(**recipe.erasing)]
     return transforms.Compose([colours, *steps, *pixels, *erasing])

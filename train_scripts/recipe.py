@@ -1,5 +1,7 @@
 """Recipes: all that decides a training run, read from the YAML files in recipes/."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,6 +84,23 @@ class Recipe:
         return replace(
             self, optimizer=self.optimizer | {"lr": lr}, scheduler=self.scheduler | rates
         )
+
+
+@contextmanager
+def settings(name: str) -> Iterator[None]:
+    """Turns what a library says of the recipe's settings into a UserError that names them."""
+    try:
+        yield
+    except (
+        AttributeError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the recipe's {name} will not do: {reason}") from None
 
 
 def names(path: Path) -> list[str | None]:

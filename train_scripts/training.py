@@ -30,7 +30,7 @@ from batches import Share, create_batches, seed_of, seeded
 from images import Place
 from kn_zoo import manifest
 from kn_zoo.evaluate import Predictions, eval_transform, predict
-from recipe import Recipe, UserError
+from recipe import Recipe, UserError, settings
 
 LOG = "train_log.csv"
 PULSE = 10  # updates between looks at the loss, each of which waits for the device
@@ -106,16 +106,20 @@ class Trainer:
             project_config=ProjectConfiguration(logging_dir=str(folder)),
         )
         share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        if recipe.batch_size % (share.processes * recipe.accumulation):
+        parts = share.processes * recipe.accumulation * (2 if recipe.mixup else 1)  # it mixes pairs
+        if recipe.batch_size % parts:
             raise UserError(
-                f"batch_size {recipe.batch_size} cannot be shared by {share.processes} processes "
-                f"in {recipe.accumulation} parts"
+                f"batch_size {recipe.batch_size} must be a multiple of {parts}: "
+                "processes x accumulation, x 2 with mixup"
             )
         # Each process has masks of its own; the weights are those of the first.
         set_seed(recipe.seed, device_specific=True)
         # Said aloud, for evaluation puts it back by name, and a compiled step heeds the difference.
         torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
-        train_set = training_images or images.load_training(recipe, place)
+        torch.backends.cudnn.benchmark = True
+        train_set = training_images
+        if train_set is None:
+            train_set = images.load_training(recipe, place)
         self.test_set = images.load(recipe.dataset, recipe.eval_split, place)
         self.class_names = images.class_names(self.test_set, recipe)
         network = create_model(recipe, len(self.class_names)).to(self.accelerator.device)
@@ -139,25 +143,26 @@ class Trainer:
         if recipe.ema_decay is not None:
             self.ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
-        optimizer = create_optimizer_v2(network, **recipe.optimizer)
+        with settings("optimizer"):
+            optimizer = create_optimizer_v2(network, **recipe.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         # Without the wrapper that casts: evaluation is in float32, and training casts by itself.
         self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.evaluated = self.network if self.ema is None else self.ema.module
         self.forward = torch.compile(self.model) if recipe.compile else self.model
-        settings = {"step_on_epochs": False} | recipe.scheduler
-        self.by_epoch = settings["step_on_epochs"]
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            num_epochs=recipe.epochs,
-            updates_per_epoch=len(self.batches),
-            **settings,
-        )
+        self.by_epoch = recipe.scheduler.get("step_on_epochs", False)
+        with settings("scheduler"):
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer,
+                num_epochs=recipe.epochs,
+                updates_per_epoch=len(self.batches),
+                **({"step_on_epochs": False} | recipe.scheduler),
+            )
         smoothing, self.mixup = recipe.label_smoothing, None
         if recipe.mixup:
-            self.mixup = Mixup(
-                num_classes=len(self.class_names), label_smoothing=smoothing, **recipe.mixup
-            )
+            classes = len(self.class_names)
+            with settings("mixup"):
+                self.mixup = Mixup(num_classes=classes, label_smoothing=smoothing, **recipe.mixup)
             smoothing = 0.0
         self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
@@ -198,8 +203,9 @@ class Trainer:
         self.network.train()
         begin = time.perf_counter()
         for pixels, targets in self.batches.epoch(epoch, state.updates - first):
-            with seeded(seed_of(self.recipe.seed, state.updates)) if self.mixup else nullcontext():
-                pixels, targets = (self.mixup or keep)(pixels, targets)
+            if self.mixup is not None:
+                with seeded(seed_of(self.recipe.seed, state.updates)):
+                    pixels, targets = self.mixup(pixels, targets)
             loss = self.update(pixels, targets)
             state.updates += 1
             state.loss = state.loss.to(loss.device) + loss
@@ -244,8 +250,9 @@ class Trainer:
             return
         late = time.monotonic() - self.saved_at > 60 * self.pace.checkpoint_minutes
         stop = bool(self.signals) or self.pace.over()
-        wishes = torch.tensor([late, stop], device=self.accelerator.device).int()
-        late, stop = (wishes if alone else self.accelerator.reduce(wishes)).tolist()
+        if not alone:
+            wishes = torch.tensor([int(late), int(stop)], device=self.accelerator.device)
+            late, stop = self.accelerator.reduce(wishes).tolist()
         if late or stop:
             self.save()
         if stop:
@@ -328,23 +335,19 @@ class Trainer:
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    channels = recipe.preprocessing["input_size"][0]
-    model = timm.create_model(
-        recipe.architecture,
-        num_classes=num_classes,
-        in_chans=channels,
-        pretrained_cfg_overlay=dict(recipe.preprocessing, num_classes=num_classes),
-        **recipe.model_args,
-    )
+    with settings("name, preprocessing or model_args"):
+        model = timm.create_model(
+            recipe.architecture,
+            num_classes=num_classes,
+            in_chans=recipe.preprocessing["input_size"][0],
+            pretrained_cfg_overlay=dict(recipe.preprocessing, num_classes=num_classes),
+            **recipe.model_args,
+        )
     return model.to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.channels_last else torch.contiguous_format
-
-
-def keep(pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return pixels, targets
 
 
 def interleave(parts: list[Predictions]) -> Predictions:
