@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiments
 import kn_zoo  # noqa: F401
@@ -107,7 +108,11 @@ def test_ctrl_c_in_either_epoch_does_not_change_a_bit_of_the_end(recipe, tmp_pat
         assert (parts / f"checkpoint-{stop:09d}").is_dir()
     assert run(recipe, "--output", parts) == 0
     assert_same_end(whole, parts)
-    assert len((whole / training.LOG).read_text().splitlines()) == 3
+    log = np.genfromtxt(whole / training.LOG, delimiter=",", names=True)
+    events = EventAccumulator(str(parts / "tensorboard")).Reload()
+    for name in ("loss", "top1", "lr"):
+        logged = {event.step: event.value for event in events.Scalars(f"epoch/{name}")}
+        assert [logged[UPDATES], logged[2 * UPDATES]] == pytest.approx(log[name].tolist(), rel=1e-3)
 
 
 def test_killed_twice_it_ends_where_an_uninterrupted_run_does(recipe, tmp_path):
@@ -330,6 +335,12 @@ def test_a_rate_is_searched_on_held_out_images_alone(tmp_path, monkeypatch, capf
         indices = np.where(hit, found.targets, (found.targets + 1) % 10)[:, None].repeat(5, 1)
         return evaluate.Predictions(indices, found.logits, found.targets)
 
+    def diverging(self, *batch):
+        loss = update(self, *batch)
+        return loss * float("inf") if self.recipe.optimizer["lr"] == 0.2 else loss
+
+    update = training.Trainer.update
+    monkeypatch.setattr(training.Trainer, "update", diverging)
     monkeypatch.setattr(training.Trainer, "evaluate", watched)
     folder = tmp_path / "run"
     assert run(recipe, "--output", folder, "--lr-search") == 0

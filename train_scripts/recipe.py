@@ -86,19 +86,15 @@ class Recipe:
         )
 
 
+BLAMED = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 @contextmanager
 def settings(name: str) -> Iterator[None]:
     """Turns what a library says of the recipe's settings into a UserError that names them."""
     try:
         yield
-    except (
-        AttributeError,
-        AssertionError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except BLAMED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"the recipe's {name} will not do: {reason}") from None
 

@@ -303,7 +303,7 @@ class Trainer:
         row = {"epoch": epoch + 1, "loss": loss, "top1": found.top1, "top5": found.top5, "lr": rate}
         state.rows.append(row)
         state.loss = None
-        self.accelerator.log(row, step=state.updates)
+        self.accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=state.updates)
         if self.accelerator.is_main_process:
             write_log(self.folder / LOG, state.rows)
         self.say("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
