@@ -29,7 +29,7 @@ import kn_zoo  # noqa: F401  registers the networks
 from batches import Share, create_batches, seed_of, seeded
 from images import Place
 from kn_zoo import manifest
-from kn_zoo.evaluate import Predictions, eval_transform, predict
+from kn_zoo.evaluate import Predictions, eval_transform, exact_float32, predict
 from recipe import Recipe, UserError, settings
 
 LOG = "train_log.csv"
@@ -114,9 +114,9 @@ class Trainer:
             )
         # Each process has masks of its own; the weights are those of the first.
         set_seed(recipe.seed, device_specific=True)
-        # Said aloud, for evaluation puts it back by name, and a compiled step heeds the difference.
-        torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
         torch.backends.cudnn.benchmark = True
+        with exact_float32():  # leaves the defaults said aloud; a compiled step heeds that too
+            pass
         train_set = training_images
         if train_set is None:
             train_set = images.load_training(recipe, place)
