@@ -47,14 +47,16 @@ def save(accelerator: Accelerator, folder: Path, update: int) -> None:
 
 def restore(accelerator: Accelerator, folder: Path, console: Console) -> Path | None:
     """Load the newest checkpoint that is whole; None if there is none."""
-    found = [None]
+    found: list[str | None] = [None]
     if accelerator.is_main_process:
         for path in newest_first(folder):
-            if damaged := first_damaged(path):
-                console.print(f"{damaged} is damaged: taking the checkpoint before it")
-            else:
+            damaged = first_damaged(path)
+            if damaged is None:
                 found = [str(path)]
                 break
+            console.print(
+                f"{damaged} is damaged: taking the checkpoint before it, or starting anew"
+            )
     broadcast_object_list(found)
     if found[0] is None:
         return None

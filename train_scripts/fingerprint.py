@@ -45,7 +45,7 @@ def first_losses(recipe: Recipe) -> list[dict[str, float]]:
     place = Place()
     if recipe.dataset == "imagenet-1k":
         place, short = Place(SAMPLE), replace(short, train_split="validation")
-    rows = []
+    rows: list[dict[str, float]] = []
 
     class Followed(Trainer):
         def update(self, *batch):

@@ -43,7 +43,8 @@ class InMemory:
     """A data set of small images that keeps what the transform makes of them."""
 
     def __init__(self, images: Any) -> None:
-        self.images, self.made = images, {}
+        self.images = images
+        self.made: dict[int, Any] = {}
         self.transform = images.transform
 
     def __len__(self) -> int:

@@ -21,7 +21,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 import checkpoints
 import images
@@ -149,6 +148,7 @@ class Trainer:
         # Without the wrapper that casts: evaluation is in float32, and training casts by itself.
         self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.evaluated = self.network if self.ema is None else self.ema.module
+        torch.compiler.reset()  # of what another seed's run left behind
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.by_epoch = recipe.scheduler.get("step_on_epochs", False)
         with settings("scheduler"):
@@ -169,7 +169,8 @@ class Trainer:
     @property
     def updates(self) -> int:
         """Of the whole run."""
-        return min(self.recipe.updates or math.inf, self.recipe.epochs * len(self.batches))
+        whole = self.recipe.epochs * len(self.batches)
+        return min(self.recipe.updates or whole, whole)
 
     def train(self) -> None:
         """Go on from the last checkpoint to the recipe's end.
@@ -325,8 +326,7 @@ class Trainer:
             return predict(self.evaluated, dataset, **options)
         for tensor in self.evaluated.buffers():  # each process counted its own images in them
             tensor.copy_(broadcast(tensor.clone()))
-        mine = Subset(dataset, range(rank, len(dataset), processes))
-        mine.transform = dataset.transform
+        mine = images.Part(dataset, range(rank, len(dataset), processes))
         return interleave(gather_object([predict(self.evaluated, mine, **options)]))
 
     def say(self, text: str) -> None:
@@ -384,7 +384,7 @@ def stop_signals() -> Iterator[list[int]]:
     """Collects the first SIGINT or SIGTERM instead of dying of it; a second one does what it did
     before."""
     found: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:
         found.append(number)
