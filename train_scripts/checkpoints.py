@@ -55,7 +55,7 @@ def restore(accelerator: Accelerator, folder: Path, console: Console) -> Path | 
                 found = [str(path)]
                 break
             console.print(
-                f"{damaged} is damaged: taking the checkpoint before it, or starting anew"
+                f"{damaged} is damaged: taking the one before, or starting anew"
             )
     broadcast_object_list(found)
     if found[0] is None:
