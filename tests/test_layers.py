@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from kn_zoo.layers import KernelNorm1d, KernelNorm2d, KNConv2d, set_inference_statistics
-from kn_zoo.layers.moments import channel_moments
+from kn_zoo.layers.moments import channel_moments, pixel_moments
 from kn_zoo.layers.reference import ReferenceKNConv2d
 
 LAYERS = {"KNConv2d": KNConv2d, "KernelNorm2d": KernelNorm2d, "KernelNorm1d": KernelNorm1d}
@@ -169,6 +169,37 @@ def test_dropout_has_the_moments_of_a_mask(channels, memory_format):
     assert abs(correlation) < 5 / math.sqrt(draws)
 
 
+@pytest.mark.parametrize("p", [0.05, 0.25])
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_drawn_sums_have_the_moments_of_a_mask(p, mean):
+    """Means, variances and covariance of S1 = sum(x m) and S2 = sum((x m)^2), and of units."""
+    torch.manual_seed(0)
+    draws, channels = 40_000, 32
+    x = (torch.randn(1, channels, 1, 2, dtype=torch.float64) + mean).relu()
+    many = x.expand(draws, -1, -1, -1).contiguous()
+    q, power = 1 / (1 - p), [x.pow(k).sum(1) for k in range(5)]
+    exact = torch.cat([power[1], q * power[2]], 0)
+    cross = p * q**2 * power[3]
+    exact_cov = torch.cat([p * q * power[2], cross, cross, p * q**3 * power[4]])
+    for dropout in ("mask", "sums"):
+        mu, var = pixel_moments(many, p, dropout)
+        sums = torch.cat([mu * channels, (var + mu * mu) * channels], 1)  # (draws, 2, 1, W)
+        error = (sums.mean(0) - exact).abs()
+        assert (error <= 5 * sums.std(0) / math.sqrt(draws)).all(), dropout
+        for w in range(2):
+            cov = torch.cov(sums[:, :, 0, w].mT).flatten()
+            scale = exact_cov[[0, 0, 3, 3], 0, w].sqrt() * exact_cov[[0, 3, 0, 3], 0, w].sqrt()
+            assert ((cov - exact_cov[:, 0, w]).abs() <= 0.05 * scale).all(), dropout
+
+
+def test_drawn_sums_need_many_channels():
+    """Of few channels the sums are not nearly normal: they are dropped, not drawn."""
+    torch.manual_seed(0)
+    x = torch.ones(1000, 3, 1, 1)
+    mean, _ = pixel_moments(x, 0.5, "sums")
+    assert set((mean.flatten() * 3 / 2).round(decimals=4).tolist()) == {0.0, 1.0, 2.0, 3.0}
+
+
 @pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_backward_uses_the_mask_of_the_forward_pass(channels, memory_format):
@@ -194,7 +225,7 @@ def test_gradcheck(settings, statistics):
     torch.manual_seed(0)
     layer = KNConv2d(4, 2, 3, **settings, dropout_p=0.2, inference_statistics=statistics)
     layer = layer.double().eval()
-    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
 
     def run(x, weight, bias):
         torch.manual_seed(5)  # the same mask at every evaluation
@@ -202,8 +233,25 @@ def test_gradcheck(settings, statistics):
 
     inputs = (x, layer.weight, layer.bias)
     assert torch.autograd.gradcheck(run, inputs)
-    if statistics != "sampled":
-        assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("dropout", ["mask", "sums"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradcheck_of_many_channels(dropout, memory_format):
+    """Where gaps between dropped elements are drawn, or sums."""
+    torch.manual_seed(0)
+    layer = KNConv2d(16, 1, (1, 2), padding=(1, 0, 0, 0), dropout_p=0.2, dropout=dropout).double()
+    x = torch.randn(2, 16, 1, 2, dtype=torch.float64)
+    x = x.to(memory_format=memory_format).requires_grad_()
+
+    def run(x, weight, bias):
+        torch.manual_seed(5)
+        return functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    inputs = (x, layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("padding", [0, 1, (1, 0, 1, 0)])
@@ -442,8 +490,13 @@ def test_compile_fullgraph(pair, training):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_compile_with_dropout(pair):
-    model, x = pair
+@pytest.mark.parametrize("dropout", ["mask", "sums"])
+def test_compile_with_dropout(dropout):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(KNConv2d(16, 16, 3, dropout=dropout), nn.ReLU()),
+        torch.randn(2, 16, 9, 8),
+    )
     compiled = torch.compile(model.train(), fullgraph=True)
     torch.manual_seed(0)
     first = compiled(x)

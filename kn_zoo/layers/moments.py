@@ -209,11 +209,9 @@ def masked_moments(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":  # one fused pass there, and no wait for a look at the numbers
         return torch.var_mean(wide(x), 1, correction=0, keepdim=True)[::-1]
     found = []
-    for part, dropped in _parts_and_dropped(x, p, seed):
-        here = wide(x[part])
+    for (here,), dropped in zip(in_parts(x), _dropped_in_parts(x, p, seed), strict=True):
+        here = wide(here)
         found.append(_moments(here) if dropped is None else _moments_without(here, dropped, p))
-    if not found:
-        return dense_moments(x, 0.0)
     mean, var = zip(*found, strict=True)
     return torch.cat(mean), torch.cat(var)
 
@@ -230,40 +228,44 @@ def add_moments_gradient_(
         return
     constant = layout_of(x, constant / (1.0 - p))
     slope = layout_of(x, slope / (1.0 - p) ** 2)
-    for part, dropped in _parts_and_dropped(x, p, seed):
-        here = wide(grad[part])
+    parts = in_parts(x, grad, slope, constant)
+    for tensors, dropped in zip(parts, _dropped_in_parts(x, p, seed), strict=True):
+        given, target, steep, flat = tensors
+        here = wide(target)
         if dropped is not None:
             before = _flat(here)[dropped]
-        here.addcmul_(wide(x[part]), slope[part]).add_(constant[part])
+        here.addcmul_(wide(given), steep).add_(flat)
         if dropped is not None:
             _flat(here)[dropped] = before
-        if here.dtype != grad.dtype:
-            grad[part] = here
+        if here is not target:
+            target.copy_(here)
 
 
 def power_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `dense_power_sums`, not differentiable, a few images at a time."""
-    found = [torch.cat(dense_power_sums(x[part]), 1) for part in in_parts(x)]
-    sums = torch.cat(found) if found else torch.cat(dense_power_sums(x), 1)  # (N, 4, H, W)
+    sums = torch.cat([torch.cat(dense_power_sums(part), 1) for (part,) in in_parts(x)])
     return sums[:, :1], sums[:, 1:2], sums[:, 2:3], sums[:, 3:]
 
 
 def add_power_sums_gradient_(grad: Tensor, x: Tensor, grad_sums: tuple[Tensor, ...]) -> None:
     """Add what flows back through `power_sums`: a polynomial of x with one-channel coefficients."""
     coefficients = [layout_of(x, power * g) for power, g in enumerate(grad_sums, 1)]
-    for part in in_parts(x):
-        here = wide(x[part])
-        c1, c2, c3, c4 = (c[part] for c in coefficients)
+    for target, here, c1, c2, c3, c4 in in_parts(grad, x, *coefficients):
+        here = wide(here)
         polynomial = (here * c4).add_(c3).mul_(here).add_(c2).mul_(here).add_(c1)
-        grad[part] += polynomial.to(grad.dtype)
+        target.add_(polynomial.to(target.dtype))
 
 
-def in_parts(x: Tensor) -> list[slice]:
-    """Images to work on at a time: on a CPU so few that they stay in its cache."""
+def in_parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """All tensors a few images at a time: on a CPU so few that those of x stay in its cache."""
+    step = _images_a_part(x)
+    return zip(*(tensor.split(step) for tensor in (x, *others)), strict=True)
+
+
+def _images_a_part(x: Tensor) -> int:
     if x.device.type != "cpu" or x.numel() == 0:
-        return [slice(None)] if x.numel() else []
-    step = max(1, PART // x[0].numel())
-    return [slice(i, i + step) for i in range(0, len(x), step)]
+        return max(1, len(x))
+    return max(1, PART * len(x) // x.numel())
 
 
 def walkable(x: Tensor) -> Tensor:
@@ -323,18 +325,16 @@ def factors(x: Tensor, p: float, seed: int) -> Tensor:
     return keep.div_(1.0 - p)
 
 
-def _parts_and_dropped(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """`in_parts`, each with the places in memory, within the part, of what is dropped."""
-    parts = in_parts(x)
+def _dropped_in_parts(x: Tensor, p: float, seed: int) -> list[Tensor | None]:
+    """For each of `in_parts` the places in memory, within the part, of what is dropped."""
+    step = _images_a_part(x)
+    count = max(1, -(-len(x) // step))
     if p == 0.0:
-        yield from ((part, None) for part in parts)
-        return
-    size = x[:1].numel()
+        return [None] * count
+    size = step * x[:1].numel()
     place = _bernoulli_positions(x.numel(), p, seed)
-    stops = torch.tensor([part.stop * size for part in parts])
-    ends = torch.searchsorted(place, stops).tolist()
-    for part, start, end in zip(parts, [0, *ends], ends, strict=False):
-        yield part, place[start:end] - part.start * size
+    first = torch.searchsorted(place, torch.arange(1, count) * size)
+    return [part - i * size for i, part in enumerate(place.tensor_split(first))]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def normalized_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, settings: Settings
 ) -> Tensor:
     """As `dense_normalized_conv`, as one operation."""
-    return _NormalizedConv.apply(x, weight, bias, gain, settings)
+    given = [t for t in (x, weight, bias, gain) if t is not None]
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return _NormalizedConv.apply(x, weight, bias, gain, settings, keeps)
 
 
 def _padded(x: Tensor, padding: Ints) -> tuple[Tensor, Ints]:
@@ -117,7 +119,7 @@ def _middle_row(x: Tensor) -> Tensor:
 
 class _NormalizedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, gain, settings):
+    def forward(ctx, x, weight, bias, gain, settings, keeps):
         ctx.settings, ctx.shift, ctx.dtype = settings, None, _autocast_dtype(x)
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if settings.p > 0.0 else 0
         x = walkable(x)
@@ -131,7 +133,6 @@ class _NormalizedConv(torch.autograd.Function):
         offset = None
         if gain is not None:
             offset = mu + (pivot if ctx.shift is None else pivot - ctx.shift)
-        keeps = any(ctx.needs_input_grad)
         out = torch.empty_like(numerator) if keeps else numerator
         _scale(numerator, rstd, offset, gain, bias, out)
         if keeps:
@@ -142,9 +143,9 @@ class _NormalizedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, gain, numerator, *maps = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_gain, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_gain, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again
-            return *_differentiable_gradients(ctx, grad, x, weight, bias, gain), None
+            return *_differentiable_gradients(ctx, grad, x, weight, bias, gain), None, None
         scaled, grad_mu, grad_rstd, totals = _scale_backward(grad, numerator, gain, *maps[1:5])
         image, filters, arguments = _convolved(ctx, x, weight)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -156,7 +157,7 @@ class _NormalizedConv(torch.autograd.Function):
         grad_weight = grad_weight.to(weight.dtype) if need_weight else None
         grad_bias = totals[0].to(bias.dtype) if need_bias else None
         grad_gain = totals[1].to(gain.dtype) if need_gain else None
-        return grad_x, grad_weight, grad_bias, grad_gain, None
+        return grad_x, grad_weight, grad_bias, grad_gain, None, None
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -223,17 +224,17 @@ def _scale(
     out: Tensor,
 ) -> None:
     """numerator -= offset * gain; out = numerator * rstd + bias. `out` may be `numerator`."""
-    rstd = layout_of(numerator, rstd)
-    for part in in_parts(numerator):
-        here = _computable(numerator[part])
+    maps = [layout_of(numerator, m) for m in (rstd, rstd if offset is None else offset)]
+    for kept, target, scale, lost in in_parts(numerator, out, *maps):
+        here = _computable(kept)
         if offset is not None and gain is not None:
-            here.addcmul_(_per_channel(gain), layout_of(numerator, offset[part]), value=-1.0)
-            if here.dtype != numerator.dtype:
-                numerator[part] = here
+            here.addcmul_(_per_channel(gain), lost, value=-1.0)
+            if here is not kept:
+                kept.copy_(here)
         if bias is None:
-            torch.mul(here, rstd[part], out=out[part])
+            torch.mul(here, scale, out=target)
         else:
-            torch.addcmul(_per_channel(bias), here, rstd[part], out=out[part])
+            torch.addcmul(_per_channel(bias), here, scale, out=target)
 
 
 def _scale_backward(
@@ -254,16 +255,17 @@ def _scale_backward(
     totals = rstd.new_zeros(rows.shape[1], grad.shape[1])
     scaled = torch.empty_like(numerator)
     grad_mu, grad_rstd = torch.zeros_like(rstd), torch.empty_like(rstd)
-    scale = layout_of(numerator, rstd)
-    for part in in_parts(numerator):
-        here = _computable(grad[part])
+    parts = in_parts(numerator, grad, scaled, layout_of(numerator, rstd), rows, grad_mu, grad_rstd)
+    for kept, flowing, target, scale, row, to_mu, to_rstd in parts:
+        here = _computable(flowing)
         pixels = here.flatten(2)  # (n, O, H'*W')
-        grad_rstd[part] = (here * numerator[part]).sum(1, keepdim=True, dtype=rstd.dtype)
-        totals += torch.matmul(rows[part].flatten(2).to(here.dtype), pixels.mT).sum(0)
-        torch.mul(here, scale[part], out=scaled[part])
+        room = target if target.dtype == here.dtype else None  # it is written only below
+        torch.sum(torch.mul(here, kept, out=room), 1, keepdim=True, out=to_rstd)
+        totals += torch.matmul(row.flatten(2).to(here.dtype), pixels.mT).sum(0)
+        torch.mul(here, scale, out=target)
         if gain is not None:
-            lost = torch.matmul(gain.to(here.dtype), pixels).view_as(rstd[part])
-            grad_mu[part] = -rstd[part] * lost
+            lost = torch.matmul(gain.to(here.dtype), pixels).view_as(scale)
+            torch.mul(lost, scale, out=to_mu).neg_()
     return scaled, grad_mu, grad_rstd, totals
 
 
