@@ -54,9 +54,7 @@ def restore(accelerator: Accelerator, folder: Path, console: Console) -> Path | 
             if damaged is None:
                 found = [str(path)]
                 break
-            console.print(
-                f"{damaged} is damaged: taking the one before, or starting anew"
-            )
+            console.print(f"{damaged} is damaged: taking the one before, or starting anew")
     broadcast_object_list(found)
     if found[0] is None:
         return None
