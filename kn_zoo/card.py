@@ -24,7 +24,9 @@ def card(weight: Weight) -> str:
     of, steps, file = weight.dataset, weight.preprocessing, weight.file
     size = "x".join(map(str, steps.input_size))
     stored = f"{file.bytes:,} bytes, {file.dtype}, SHA-256 `{file.sha256}`" if file else "none"
-    seeds = ", ".join(map(str, weight.seeds))
+    seeds, runs = ", ".join(map(str, weight.seeds)), weight.mean_and_sd()
+    if runs:
+        seeds += f" (top-1 {runs[0]:.2f} ± {runs[1]:.2f} over {len(weight.runs)} seeds)"
     return f"""---
 {front_matter(weight).to_yaml()}
 ---

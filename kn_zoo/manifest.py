@@ -17,6 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from math import isfinite
 from pathlib import Path
+from statistics import mean, stdev
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -47,11 +48,15 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent; ``draws`` passes over the data were averaged (1 unless sampled)."""
+    """Accuracies in percent; ``draws`` passes over the data were averaged (1 unless sampled).
+
+    ``top1_sd`` is the standard deviation over the draws, where it was measured.
+    """
 
     top1: float
     top5: float | None
     draws: int = 1
+    top1_sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,14 @@ class Reported:
     """Accuracy by inference statistics (``expected``, ``plain``, ``sampled``); who measured it."""
 
     by: str
+    statistics: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training from one seed came to, by inference statistics."""
+
+    seed: int
     statistics: Mapping[str, Accuracy]
 
 
@@ -130,6 +143,7 @@ class Weight:
     licenses: Licenses
     recipe: str | None
     seeds: tuple[int, ...]
+    runs: tuple[Run, ...] = ()  # one a seed, if there are several
     # Taken from the trained model by `kn_zoo.bundle.write`, and from where it is published.
     parameters: int = 0
     flops: int = 0
@@ -157,6 +171,13 @@ class Weight:
         hosted = self.file is not None and (self.bundle or self.hub is not None)
         return hosted or self.upstream is not None
 
+    def mean_and_sd(self, statistics: str = "expected") -> tuple[float, float] | None:
+        """Top-1 over the runs, and its sample standard deviation; None if there are no runs."""
+        if len(self.runs) < 2:
+            return None
+        found = [run.statistics[statistics].top1 for run in self.runs]
+        return mean(found), stdev(found)
+
     def pretrained_cfg(self) -> dict[str, Any]:
         """The fields of timm's ``PretrainedCfg`` that belong to the weight."""
         cfg: dict[str, Any] = asdict(self.preprocessing)
@@ -176,8 +197,15 @@ class Weight:
         return _typed(cls, entry, str(entry.get("name"))[:80])
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as it stands in the manifest."""
-        return json.loads(json.dumps(asdict(self)))
+        """The entry as it stands in the manifest, which is silent of runs that were not made."""
+        entry = json.loads(json.dumps(asdict(self, dict_factory=_measured)))
+        if not entry["runs"]:
+            del entry["runs"]
+        return entry
+
+
+def _measured(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if key != "top1_sd" or value is not None}
 
 
 def load(path: Path | None = None) -> Mapping[str, Weight]:

@@ -99,6 +99,9 @@ def test_the_schema_takes_no_more_and_no_less(path: tuple[Any, ...], data: st.Da
         {"reported": {"by": "kn_zoo", "statistics": {"plain": {"top1": 1, "top5": 2, "draws": 2}}}},
         {"preprocessing": {**FULL["preprocessing"], "input_size": [8, 8]}},
         {"licenses": {**FULL["licenses"], "weights": " "}},
+        {"runs": []},
+        {"runs": [{"seed": 3, "statistics": {}}] * 2},
+        {"runs": [{"seed": 3, "statistics": FULL["reported"]["statistics"]}]},
     ],
     ids=str,
 )
@@ -109,6 +112,26 @@ def test_the_schema_refuses(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("entry", [*ENTRIES, FULL], ids=lambda entry: entry["name"])
 def test_reading_and_writing_an_entry_loses_nothing(entry: dict[str, Any]) -> None:
     assert Weight.from_json(entry).to_json() == entry
+
+
+def test_runs_of_several_seeds_are_kept_and_summed_up() -> None:
+    def statistics(top1: float) -> dict[str, Any]:
+        sampled = {"top1": top1, "top5": None, "draws": 10, "top1_sd": 0.25}
+        return {"expected": {"top1": top1, "top5": 90.0, "draws": 1}, "sampled": sampled}
+
+    runs = [{"seed": seed, "statistics": statistics(60.0 + seed)} for seed in (2, 0, 1)]
+    entry = {**FULL, "seeds": [2, 0, 1], "runs": runs}
+    assert valid(entry)
+    weight = Weight.from_json(entry)
+    assert weight.to_json() == entry
+    assert weight.mean_and_sd() == weight.mean_and_sd("sampled") == (61.0, 1.0)
+    assert Weight.from_json(FULL).mean_and_sd() is None
+
+
+@by_name([weight for weight in manifest.load().values() if weight.runs])
+def test_runs_are_those_of_the_seeds_and_the_first_is_the_reported_one(weight: Weight) -> None:
+    assert tuple(run.seed for run in weight.runs) == weight.seeds
+    assert weight.runs[0].statistics == weight.reported.statistics
 
 
 def test_classes_and_schema_have_the_same_fields() -> None:

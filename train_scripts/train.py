@@ -1,337 +1,97 @@
 """Train a network from a recipe, evaluate what is stored, and write its bundle.
 
-    python train_scripts/train.py train_scripts/recipes/knpreactresnet20_cifar.digits.yaml
-    accelerate launch --num_processes 8 train_scripts/train.py RECIPE           # several devices
+- `python train_scripts/train.py train_scripts/recipes/knpreactresnet20_cifar.digits.yaml`
+- `python train_scripts/train.py train_scripts/recipes/cifar100.yaml knresnet18_cifar.cifar100_b256`
+- `accelerate launch --num_processes 8 train_scripts/train.py RECIPE` (or torchrun: several devices)
 
-A checkpoint is written after every epoch to runs/NAME/; the same command takes up from the last
-one, with the state of every random generator, so an interrupted run ends where an uninterrupted one
-does.
-The recipe decides everything that changes the result; the options only say where things are.
+The recipe decides everything that changes the result. A run lives in runs/NAME/: checkpoints,
+train_log.csv, TensorBoard's events, and at the end bundle/. Stopped at any moment, in whatever way,
+the same command takes it up again, and on a CPU it ends with the same bits as if it had never
+stopped. Ctrl-C and SIGTERM stop it after the update that is under way.
+
+Exit status: 0 the bundle is written, 2 bad input or no room, 75 --minutes are over, 130 Ctrl-C.
 """
 
-import os
-import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import timm
-import torch
 import typer
-import yaml
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from torch import nn
-from torch.utils.data import DataLoader
-from torchvision import transforms
 
-import kn_zoo
-from kn_zoo import bundle, cli, data, evaluate, manifest
+from experiments import lr_search, train_seeds
+from images import Place
+from kn_zoo import cli, data, manifest
+from recipe import Recipe, UserError
+from training import Interrupted, Pace
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(stderr=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
-@dataclass
-class Recipe:
-    """All that decides a training run; the YAML files in recipes/ hold these fields."""
-
-    name: str  # architecture.tag
-    model_args: dict[str, Any]
-    dataset: str
-    train_split: str
-    eval_split: str
-    preprocessing: dict[str, Any]
-    epochs: int
-    batch_size: int  # over all devices
-    optimizer: dict[str, Any]  # arguments of timm's create_optimizer_v2
-    scheduler: dict[str, Any]  # arguments of timm's create_scheduler_v2, stepped every update
-    licenses: dict[str, str]
-    augmentation: list[dict[str, dict]] = field(default_factory=list)  # torchvision transforms
-    label_smoothing: float = 0.0
-    mixed_precision: str = "no"
-    channels_last: bool = True
-    stored_dtype: str = "float32"
-    sampled_draws: int = 5  # evaluations under random statistics, averaged
-    seed: int = 0
-
-    @classmethod
-    def read(cls, path: Path) -> "Recipe":
-        try:
-            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, TypeError) as error:
-            known = ", ".join(cls.__dataclass_fields__)
-            raise UserError(f"{path} is not a recipe ({error}); its fields are: {known}") from None
-
-    @property
-    def architecture(self) -> str:
-        return self.name.partition(".")[0]
-
-
-class UserError(Exception):
-    """Bad input; the message is one line that says what to do."""
-
-
-class History:
-    """One row an epoch; goes through checkpoints, and to train_log.csv."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows = state["rows"]
-
-    def write(self, path: Path) -> None:
-        lines = [",".join(self.rows[0])]
-        lines += [",".join(f"{v:.6g}" for v in row.values()) for row in self.rows]
-        manifest.write_text(path, "\n".join(lines) + "\n")
-
-
-@app.command()
+@app.command(help=__doc__)
 def main(
     recipe: Annotated[Path, typer.Argument(help="a YAML file, such as those in recipes/")],
-    output: Annotated[Path | None, typer.Option(help="run folder [default: runs/NAME]")] = None,
+    variant: Annotated[
+        str | None, typer.Argument(help="which recipe of the file, if it holds several")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="run folder (default: runs/NAME)")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder that holds the data sets")] = None,
     download: Annotated[bool, typer.Option(help="fetch the data set if it is missing")] = False,
     workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(help="train once from each, e.g. --seeds 0 1 2; the first one's is stored"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    updates: Annotated[
+        int | None, typer.Option(help="a dry run: cut it off there, evaluate, bundle; one draw")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="stop, resumably, when training has taken so long")
+    ] = float("inf"),
+    checkpoint_minutes: Annotated[float, typer.Option(help="time between checkpoints")] = 10.0,
+    search_lr: Annotated[
+        bool,
+        typer.Option(
+            "--lr-search",
+            help="find the learning rate instead: halve it from 0.2, judged on held-out images",
+        ),
+    ] = False,
     in_package: Annotated[
         bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")
     ] = False,
 ) -> int:
-    """Train RECIPE, or take up where its last checkpoint left off, and write its bundle."""
     try:
-        settings = Recipe.read(recipe)
+        settings = Recipe.read(recipe, variant)
+        settings = replace(settings, epochs=epochs or settings.epochs)
+        if updates is not None:
+            settings = replace(settings, updates=updates, sampled_draws=1)
         folder = output or Path("runs") / settings.name
-        train(settings, recipe, folder, data_dir, download, workers, in_package)
+        place, pace = Place(data_dir, download), Pace(workers, checkpoint_minutes, minutes)
+        if search_lr:
+            lr_search(settings, folder, place, pace)
+        else:
+            train_seeds(settings, recipe, folder, place, pace, seeds or [settings.seed], in_package)
+    except Interrupted as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        return stop.status
     except (UserError, data.MissingData, manifest.ManifestError, OSError, ValueError) as error:
         print(f"train.py: {cli.one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def train(
-    recipe: Recipe,
-    recipe_path: Path,
-    folder: Path,
-    data_dir: Path | None,
-    download: bool,
-    workers: int,
-    in_package: bool,
-) -> None:
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, split_batches=True),
-    )
-    set_seed(recipe.seed)
-    claim(folder, recipe)
-    train_set = data.load(recipe.dataset, recipe.train_split, data_dir, download=download)
-    eval_set = data.load(recipe.dataset, recipe.eval_split, data_dir, download=download)
-    model = create_model(recipe, len(train_set.class_names))
-    eval_set.transform = evaluate.eval_transform(model)
-    train_set.transform = training_transform(recipe, model)
-    loader = DataLoader(
-        train_set, recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers
-    )
-    optimizer = create_optimizer_v2(model, **recipe.optimizer)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=recipe.epochs,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-        **recipe.scheduler,
-    )
-    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    history = History()
-    accelerator.register_for_checkpointing(history)
-    if found := latest_checkpoint(folder):
-        accelerator.load_state(str(found))
-        console.print(f"resumed from {found}")
-
-    for epoch in range(len(history.rows), recipe.epochs):
-        start = time.perf_counter()
-        loss = train_epoch(
-            recipe, accelerator, model, optimizer, scheduler, criterion, loader, epoch
-        )
-        seconds = time.perf_counter() - start
-        plain_model = accelerator.unwrap_model(model)
-        found_now = evaluate.predict(plain_model, eval_set, device=accelerator.device)
-        row = {"epoch": epoch + 1, "loss": loss, "top1": found_now.top1, "top5": found_now.top5}
-        row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
-        history.rows.append(row)
-        if accelerator.is_main_process:
-            console.print("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
-            history.write(folder / "train_log.csv")
-        save_checkpoint(accelerator, folder, epoch + 1)
-    if accelerator.is_main_process:
-        finish(recipe, recipe_path, folder, accelerator.unwrap_model(model), eval_set, in_package)
-
-
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Make the run's folder, or see that what lies there belongs to the same recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_dump(asdict(recipe), sort_keys=False)
-    path = folder / "recipe.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") != settings:
-        raise UserError(f"{folder} holds a run of another recipe: remove it, or give --output")
-    manifest.write_text(path, settings)
-
-
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    channels = recipe.preprocessing["input_size"][0]
-    model = timm.create_model(
-        recipe.architecture,
-        num_classes=num_classes,
-        in_chans=channels,
-        pretrained_cfg_overlay=dict(recipe.preprocessing, num_classes=num_classes),
-        **recipe.model_args,
-    )
-    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
-
-
-def training_transform(recipe: Recipe, model: nn.Module) -> transforms.Compose:
-    """The recipe's augmentations of the PIL image, then what evaluation does."""
-    steps = [
-        getattr(transforms, name)(**arguments)
-        for step in recipe.augmentation
-        for name, arguments in step.items()
-    ]
-    return transforms.Compose([*steps, evaluate.eval_transform(model)])
-
-
-def train_epoch(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Any,
-    scheduler: Any,
-    criterion: nn.Module,
-    loader: Any,
-    epoch: int,
-) -> float:
-    """One pass over the training images; returns the mean loss."""
-    model.train()
-    loader.set_epoch(epoch)
-    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    total = torch.zeros((), device=accelerator.device)
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not accelerator.is_main_process,
-    ) as progress:
-        task = progress.add_task(f"epoch {epoch + 1}/{recipe.epochs}", total=len(loader), loss=0.0)
-        for step, (images, targets) in enumerate(loader):
-            images = images.to(memory_format=memory_format)
-            with accelerator.autocast():
-                loss = criterion(model(images), targets)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step_update(epoch * len(loader) + step + 1)
-            total += loss.detach()
-            if step % 10 == 0:  # reading the loss waits for the device
-                progress.update(task, completed=step + 1, loss=loss.item())
-    mean = total / len(loader)
-    if not torch.isfinite(mean):
-        raise UserError(f"the loss is {mean:.3g} in epoch {epoch + 1}: lower the learning rate")
-    return float(mean)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    return max(folder.glob("epoch-*"), default=None)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Write the state beside, put it in place whole, and only then drop the one before."""
-    part = folder / ".part"
-    if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        older = sorted(folder.glob("epoch-*"))
-        os.replace(part, folder / f"epoch-{epoch:04d}")
-        for path in older:
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-
-
-def finish(
-    recipe: Recipe,
-    recipe_path: Path,
-    folder: Path,
-    model: nn.Module,
-    eval_set: data.Images,
-    in_package: bool,
-) -> None:
-    """Round the weights as they will be stored, evaluate those under each statistics, write all."""
-    dtype = getattr(torch, recipe.stored_dtype)
-    unrounded = evaluate.predict(model, eval_set, progress="evaluating")
-    bundle.round_weights(model, dtype)
-    statistics, predictions = accuracies(model, eval_set, recipe.sampled_draws)
-    console.print(f"top-1 before storing as {recipe.stored_dtype}: {unrounded.top1:.2f}")
-    draft = manifest.Weight(
-        name=recipe.name,
-        model_args=recipe.model_args,
-        dataset=manifest.Dataset(
-            recipe.dataset, recipe.eval_split, len(eval_set), len(eval_set.class_names)
-        ),
-        reported=manifest.Reported("kn_zoo", statistics),
-        preprocessing=manifest.Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.preprocessing.items()}
-        ),
-        licenses=manifest.Licenses(**recipe.licenses),
-        recipe=f"train_scripts/recipes/{recipe_path.name}",
-        seeds=(recipe.seed,),
-    )
-    weight = bundle.write(
-        model,
-        draft,
-        recipe=asdict(recipe),
-        log=folder / "train_log.csv",
-        predictions=predictions,
-        class_names=eval_set.class_names,
-        dtype=dtype,
-        folder=None if in_package else folder / "bundle",
-    )
-    place = weight.folder if in_package else folder / "bundle"
-    for name, accuracy in statistics.items():
-        console.print(f"{name}: top-1 {accuracy.top1:.2f}  top-5 {accuracy.top5:.2f}")
-    console.print(f"wrote {place}")
-
-
-def accuracies(
-    model: nn.Module, eval_set: data.Images, draws: int
-) -> tuple[dict[str, manifest.Accuracy], evaluate.Predictions]:
-    """Accuracy under each inference statistics, and the predictions under the default one."""
-    found = {}
-    for name in ("expected", "plain"):
-        kn_zoo.set_inference_statistics(model, name)
-        found[name] = evaluate.predict(model, eval_set, progress=name)
-    kn_zoo.set_inference_statistics(model, "sampled")
-    sampled = []
-    for draw in range(draws):
-        torch.manual_seed(draw)
-        sampled.append(evaluate.predict(model, eval_set, progress=f"sampled {draw + 1}/{draws}"))
-    kn_zoo.set_inference_statistics(model, "expected")
-    table = {k: manifest.Accuracy(round(v.top1, 4), round(v.top5, 4)) for k, v in found.items()}
-    mean1, mean5 = (sum(getattr(p, k) for p in sampled) / draws for k in ("top1", "top5"))
-    table["sampled"] = manifest.Accuracy(round(mean1, 4), round(mean5, 4), draws)
-    return table, found["expected"]
+def spread_seeds(argv: list[str]) -> list[str]:
+    """`--seeds 0 1 2` as the repeated option that typer knows."""
+    result: list[str] = []
+    of_seeds = False
+    for word in argv:
+        of_seeds = word == "--seeds" or (of_seeds and word.isdecimal())
+        if of_seeds and word != "--seeds" and result[-1] != "--seeds":
+            result.append("--seeds")
+        result.append(word)
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app))
+    sys.exit(cli.run(app, spread_seeds(sys.argv[1:]) or ["--help"]))

@@ -1,0 +1,232 @@
+"""What is done with runs: one per seed, reported and bundled; one per learning rate, compared."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import kn_zoo
+from images import Place, load_training, split_off
+from kn_zoo import bundle, data, manifest
+from kn_zoo.evaluate import Predictions
+from kn_zoo.layers import KNConv2d
+from kn_zoo.manifest import Accuracy, Run
+from recipe import Recipe, UserError
+from training import LOG, Diverged, Pace, Trainer, console
+
+RESULT = "result.json"
+FIRST_RATE = 0.2  # the paper's search begins there
+LOWEST_RATE = FIRST_RATE / 2**10
+WORSE_RATES = 2  # in a row below the best, after which the search is over
+SEARCH_SHARE = 0.1  # of the training images, held out, unless the recipe says
+
+
+def train_seeds(
+    recipe: Recipe,
+    recipe_path: Path,
+    folder: Path,
+    place: Place,
+    pace: Pace,
+    seeds: Sequence[int],
+    in_package: bool,
+) -> None:
+    """Train once from each seed, and bundle the first one's weights with the results of all.
+
+    Several seeds have folders of their own; the first comes last, when the others are known.
+    """
+    others: list[Run] = []
+    for seed in seeds[1:]:
+        home = folder / f"seed-{seed}"
+        claim(home, replace(recipe, seed=seed))
+        if not (home / RESULT).exists():
+            trainer = Trainer(replace(recipe, seed=seed), home, place, pace)
+            trainer.train()
+            report(trainer)
+            trainer.accelerator.wait_for_everyone()
+        others.append(read_result(home))
+
+    home = folder / f"seed-{seeds[0]}" if others else folder
+    recipe = replace(recipe, seed=seeds[0])
+    claim(home, recipe)
+    trainer = Trainer(recipe, home, place, pace)
+    trainer.train()
+    dtype, predictions = report(trainer)
+    if trainer.accelerator.is_main_process:
+        runs = [read_result(home), *others]
+        target = None if in_package else folder / "bundle"
+        write_bundle(trainer, recipe_path, runs, dtype, predictions, target)
+        if others:
+            top1 = [run.statistics["expected"].top1 for run in runs]
+            trainer.say(f"top-1 of {len(runs)} seeds: {mean(top1):.2f}, SD {stdev(top1):.2f}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Make the run's folder, or see that what lies there belongs to the same recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_dump(asdict(recipe), sort_keys=False)
+    path = folder / "recipe.yaml"
+    if path.exists() and path.read_text(encoding="utf-8") != settings:
+        raise UserError(f"{folder} holds a run of another recipe: remove it, or give --output")
+    manifest.write_text(path, settings)
+
+
+def read_result(folder: Path) -> Run:
+    return Run.from_json(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+
+
+def report(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
+    """Round the weights as they will be stored, evaluate those, and write the result beside."""
+    dtype, predictions = round_if_harmless(trainer)
+    statistics = {"expected": rounded([predictions])} | other_statistics(trainer)
+    for name, accuracy in statistics.items():
+        trainer.say(f"{name}: top-1 {accuracy.top1:.2f}  top-5 {accuracy.top5:.2f}")
+    trainer.say(f"{trainer.state.seconds / 3600:.3g} hours of training")
+    if trainer.accelerator.is_main_process:
+        run = asdict(Run(trainer.recipe.seed, statistics))
+        manifest.write_text(trainer.folder / RESULT, json.dumps(run, indent=2) + "\n")
+    return dtype, predictions
+
+
+def round_if_harmless(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
+    """Round to the recipe's type, unless that changes a prediction; what was done, and those."""
+    model, wanted = trainer.evaluated, getattr(torch, trainer.recipe.stored_dtype)
+    exact = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = trainer.evaluate(trainer.test_set, "expected")
+    if wanted is torch.float32:
+        return wanted, before
+    bundle.round_weights(model, wanted)
+    after = trainer.evaluate(trainer.test_set, f"as {trainer.recipe.stored_dtype}")
+    changed = int((before.indices[:, 0] != after.indices[:, 0]).sum())
+    if not changed:
+        return wanted, after
+    trainer.say(f"{trainer.recipe.stored_dtype} changes {changed} predictions: storing float32")
+    model.load_state_dict(exact)
+    return torch.float32, before
+
+
+def other_statistics(trainer: Trainer) -> dict[str, Accuracy]:
+    """Accuracy under "plain" and "sampled" statistics, of a network that has them."""
+    model, images, draws = trainer.evaluated, trainer.test_set, trainer.recipe.sampled_draws
+    if not is_kernel_normalized(model):
+        return {}
+    kn_zoo.set_inference_statistics(model, "plain")
+    plain = trainer.evaluate(images, "plain")
+    kn_zoo.set_inference_statistics(model, "sampled")
+    sampled = []
+    for draw in range(draws):
+        torch.manual_seed(draw + draws * trainer.accelerator.process_index)
+        sampled.append(trainer.evaluate(images, f"sampled {draw + 1}/{draws}"))
+    kn_zoo.set_inference_statistics(model, "expected")
+    return {"plain": rounded([plain]), "sampled": rounded(sampled)}
+
+
+def is_kernel_normalized(model: nn.Module) -> bool:
+    return any(isinstance(layer, KNConv2d) for layer in model.modules())
+
+
+def rounded(draws: list[Predictions]) -> Accuracy:
+    top1, top5 = [draw.top1 for draw in draws], [draw.top5 for draw in draws]
+    sd = round(stdev(top1), 4) if len(draws) > 1 else None
+    return Accuracy(round(mean(top1), 4), round(mean(top5), 4), len(draws), sd)
+
+
+def write_bundle(
+    trainer: Trainer,
+    recipe_path: Path,
+    runs: Sequence[Run],
+    dtype: torch.dtype,
+    predictions: Predictions,
+    folder: Path | None,
+) -> None:
+    """Everything that is stored of a weight; `folder` is None for the package and its manifest."""
+    recipe = trainer.recipe
+    if folder is None and recipe.dataset not in data.SPLITS:
+        raise UserError(f"the manifest knows no data set {recipe.dataset}: leave --in-package out")
+    draft = manifest.Weight(
+        name=recipe.name,
+        model_args=recipe.model_args,
+        dataset=manifest.Dataset(
+            recipe.dataset, recipe.eval_split, len(trainer.test_set), len(trainer.class_names)
+        ),
+        reported=manifest.Reported("kn_zoo", runs[0].statistics),
+        preprocessing=manifest.Preprocessing(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.preprocessing.items()}
+        ),
+        licenses=manifest.Licenses(**recipe.licenses),
+        recipe=f"train_scripts/recipes/{recipe_path.name}",
+        seeds=tuple(run.seed for run in runs),
+        runs=tuple(runs) if len(runs) > 1 else (),
+    )
+    weight = bundle.write(
+        trainer.evaluated,
+        draft,
+        recipe=asdict(recipe),
+        log=trainer.folder / LOG,
+        predictions=predictions,
+        class_names=trainer.class_names,
+        dtype=dtype,
+        folder=folder,
+    )
+    trainer.say(f"wrote {folder or weight.folder}")
+
+
+def lr_search(recipe: Recipe, folder: Path, place: Place, pace: Pace) -> None:
+    """Train with 0.2, 0.1, 0.05 ... and compare on held-out training images.
+
+    The table lr_search.csv grows with every rate; a rate that is in it is not trained again. The
+    test images are never looked at.
+    """
+    share = recipe.held_out or SEARCH_SHARE
+    path, rows = folder / "lr_search.csv", []
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(path.open())]
+    while not is_over([row["top1"] for row in rows]) and next_rate(rows) >= LOWEST_RATE:
+        mine = replace(recipe.with_rate(next_rate(rows)), held_out=share)
+        home = folder / f"lr-{mine.optimizer['lr']:g}"
+        claim(home, mine)
+        train_set, held_out = split_off(load_training(recipe, place), share)
+        trainer = Trainer(mine, home, place, pace, train_set, held_out)
+        try:
+            trainer.train()
+            last = trainer.state.rows[-1]
+            row = {"lr": mine.optimizer["lr"], "loss": last["loss"], "top1": last["top1"]}
+        except Diverged as error:
+            trainer.say(str(error))
+            row = {"lr": mine.optimizer["lr"], "loss": math.nan, "top1": 0.0}
+        rows.append(row | {"images": len(held_out), "epochs": recipe.epochs, "seed": recipe.seed})
+        if trainer.accelerator.is_main_process:
+            write_table(path, rows)
+        trainer.accelerator.wait_for_everyone()
+    best = max(rows, key=lambda row: row["top1"])
+    console.print(f"best on {best['images']:.0f} held-out images: lr {best['lr']:g}; {path}")
+
+
+def next_rate(rows: Sequence[dict[str, float]]) -> float:
+    return rows[-1]["lr"] / 2 if rows else FIRST_RATE
+
+
+def is_over(top1: Sequence[float]) -> bool:
+    """Whether the last rates were worse than the best one, which was better than chance."""
+    if not top1 or max(top1) == 0.0:
+        return False
+    return len(top1) - 1 - max(range(len(top1)), key=top1.__getitem__) >= WORSE_RATES
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    manifest.write_text(path, text.getvalue())
