@@ -19,6 +19,8 @@ from typing import Any
 
 import timm
 
+from kn_zoo import manifest
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".timm-suite"
 
@@ -83,9 +85,11 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def is_ours(name: Any) -> bool:
-    """Whether `name`, perhaps with a tag, is an entry point of this package."""
-    architecture = name.partition(".")[0] if isinstance(name, str) else ""
-    if not timm.is_model(architecture):
+    """Whether `name` is an entry point of this package, or, with a tag, a weight that needs no
+    network."""
+    architecture, _, tag = name.partition(".") if isinstance(name, str) else ("", "", "")
+    weight = manifest.load().get(name)
+    if not timm.is_model(architecture) or (tag and not (weight and weight.bundle)):
         return False
     return timm.model_entrypoint(architecture).__module__.startswith("kn_zoo.")
 
