@@ -74,6 +74,11 @@ class Run:
     seed: int
     statistics: Mapping[str, Accuracy]
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Run:
+        """What ``dataclasses.asdict`` made of a run; a ValueError says what is wrong with it."""
+        return _typed(cls, entry, "run")
+
 
 @dataclass(frozen=True)
 class File:

@@ -240,7 +240,7 @@ def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path):
     assert (two / "checkpoint-000000008" / "random_states_1.pkl").is_file()
     logs = [np.genfromtxt(f / training.LOG, delimiter=",", names=True) for f in (one, two)]
     assert np.allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-3)
-    assert np.ptp(logs[0]["loss"]) > 0.005 * logs[0]["loss"][0]  # the tolerance is not all there is
+    assert np.ptp(logs[0]["loss"]) > 0.003 * logs[0]["loss"][0]  # the tolerance is not all there is
     stored = [bundle.Bundle(folder / "bundle").predictions() for folder in (one, two)]
     test = data.load("digits", "test")
     assert stored[1].targets.tolist() == test.targets

@@ -63,8 +63,8 @@ class KernelNorm2d(nn.Module):
     Input (N, C, H, W) or (C, H, W); output (N, C, H'*kh, W'*kw), the H' x W' windows side by side,
     so a following convolution of stride `kernel_size` sees each window once. `stride` defaults to
     `kernel_size`; `padding` is an int, (height, width) or (left, right, top, bottom). Dropout acts
-    on the statistics only, with a mask of its own for each window; `inference_statistics` as in
-    `KNConv2d`.
+    on the statistics only, with a mask of its own for each window; `inference_statistics` and
+    `dropout` as in `KNConv2d`.
     """
 
     def __init__(

@@ -74,7 +74,9 @@ class KNConv2d(nn.Conv2d):
     run over all channels. In training they are taken after dropout with probability `dropout_p`
     (the numerator never is). At inference `inference_statistics` decides: "expected" (the
     statistics' expectation over dropout masks), "plain" (no dropout), "sampled" (random, as in
-    training and in the authors' code).
+    training and in the authors' code). `dropout` is "mask", or "sums": what a mask leaves of the
+    sums over channels is drawn from the normal distribution with the mask's first two moments
+    (of 16 channels or more), which compilers fuse; at inference it changes "sampled" only.
 
     Arguments are those of `nn.Conv2d`, with `padding` an int, (height, width) or
     (left, right, top, bottom). Input (N, C, H, W) or (C, H, W); output as `nn.Conv2d`'s, in the
