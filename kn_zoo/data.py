@@ -102,10 +102,9 @@ class Digits(datasets.VisionDataset):
     classes, independent of any random generator. Both splits hold digits by the same writers.
     """
 
-    class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
-
     def __init__(self, train: bool, transform: Callable | None = None) -> None:
         super().__init__(root="", transform=transform)
+        self.class_names = [str(digit) for digit in range(10)]
         try:
             from sklearn.datasets import load_digits
         except ImportError:

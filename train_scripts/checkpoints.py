@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there: written beside, checked by hash when they are read."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors import SafetensorError
 
+from kn_zoo.files import sha256
 from recipe import UserError
 
 KEPT = 2  # the newest, and the one before in case the newest is damaged
@@ -83,14 +83,6 @@ def first_damaged(folder: Path) -> Path | None:
     except (OSError, ValueError):
         return sums
     return None if digests.keys() == {p.name for p in folder.iterdir()} - {SUMS} else sums
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def put_in_place(part: Path, target: Path) -> None:

@@ -54,9 +54,10 @@ def pixel_moments(x: Tensor, p: float, dropout: str) -> tuple[Tensor, Tensor]:
     if torch.jit.is_scripting():
         return dense_moments(x, p)
     else:
-        if p > 0.0 and (runs_eagerly() or x.device.type == "cpu"):  # compiled, randoms are slow
-            return channel_moments(x, p, torch.randint(2**62, (), device="cpu"))
-        if runs_eagerly():
+        if runs_eagerly() or (p > 0.0 and x.device.type == "cpu"):  # compiled, randoms are slow
+            if p > 0.0:
+                return channel_moments(x, p, torch.randint(2**62, (), device="cpu"))
+            # what is deterministic leaves the random generator as it is
             return channel_moments(x, 0.0, torch.zeros((), dtype=torch.int64, device="cpu"))
         return dense_moments(x, p)
 

@@ -50,8 +50,7 @@ def dense_normalized_conv(
     shift: Tensor | None = None
     if settings.careful:
         shift = _middle_row(x)
-    if shift is not None:  # x, its mean and mu are relative to it from here on
-        x = x - shift
+        x = x - shift  # x, its mean and mu are relative to it from here on
     mean, var = pixel_moments(x, settings.p, settings.dropout)
     pivot = shift
     if pivot is None:
@@ -143,7 +142,10 @@ class _NormalizedConv(torch.autograd.Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again
             return *_differentiable_gradients(ctx, grad, x, weight, bias), None, None
-        scaled, grad_mu, grad_rstd, totals = _scale_backward(grad, numerator, gain, *maps[1:5])
+        _, pivot, mu, _, rstd, *_ = maps
+        scaled, grad_mu, grad_rstd, totals = _scale_backward(
+            grad, numerator, gain, mu + pivot, rstd
+        )
         image, filters, arguments = _convolved(ctx, x, weight)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             scaled, image, filters, None, *arguments, [need_x, need_weight, False]
@@ -240,9 +242,7 @@ def _scale_backward(
     grad: Tensor,
     numerator: Tensor,
     gain: Tensor | None,
-    pivot: Tensor,
-    mu: Tensor,
-    var: Tensor,
+    offset: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for numerator, mu and 1 / std, and for [bias, gain], (2, O) or without gain (1, O).
@@ -250,7 +250,7 @@ def _scale_backward(
     All from one walk over `grad` and `numerator`, a few images at a time.
     """
     ones = torch.ones_like(rstd)
-    rows = ones if gain is None else torch.cat([ones, -rstd * (mu + pivot)], 1)  # (N, 2, H', W')
+    rows = ones if gain is None else torch.cat([ones, -rstd * offset], 1)  # (N, 2, H', W')
     totals = rstd.new_zeros(rows.shape[1], grad.shape[1])
     scaled = torch.empty_like(numerator)
     grad_mu, grad_rstd = torch.zeros_like(rstd), torch.empty_like(rstd)
