@@ -47,7 +47,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import kn_zoo
-from kn_zoo import KernelNorm2d, KNConv2d, cli, freeze, manifest
+from kn_zoo import KernelNorm2d, KNConv2d, bundle, cli, freeze, manifest
 from kn_zoo.layers.reference import ReferenceKNConv2d
 
 ROOT = Path(__file__).parents[1]
@@ -388,7 +388,7 @@ def environment(device: str) -> dict[str, str]:
     """Hardware, versions and conventions, for the header of the results."""
     found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": f"{cpu_name()}, {os.cpu_count()} cores, "
+        "device": f"{bundle.cpu_name()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "load": f"{os.getloadavg()[0]:.1f} processes were running when it started",
         "versions": f"kn_zoo {kn_zoo.__version__}, torch {torch.__version__}, "
@@ -412,14 +412,6 @@ def environment(device: str) -> dict[str, str]:
     )
     found["layout"] = "channels_last"
     return found
-
-
-def cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def check_models(models: list[str]) -> None:

@@ -234,8 +234,19 @@ def environment() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines = [f"kn_zoo {__version__}{_commit()}", f"python {platform.python_version()}"]
     lines += [f"torch {torch.__version__}", *(f"{name} {version(name)}" for name in _RECORDED)]
-    lines += [f"platform {platform.platform()}", f"cpu cores {os.cpu_count()}", f"gpu {device}"]
+    processor = f"cpu {cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, threads used "
+    lines += [f"platform {platform.platform()}", f"cpu cores {os.cpu_count()}"]
+    lines += [f"{processor}{torch.get_num_threads()}", f"gpu {device}"]
     return "\n".join(lines) + "\n"
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -43,17 +43,10 @@ def train_seeds(
 
     Several seeds have folders of their own; the first comes last, when the others are known.
     """
-    others: list[Run] = []
-    for seed in seeds[1:]:
-        home = folder / f"seed-{seed}"
-        claim(home, replace(recipe, seed=seed))
-        if not (home / RESULT).exists():
-            trainer = Trainer(replace(recipe, seed=seed), home, place, pace)
-            trainer.train()
-            report(trainer)
-            trainer.accelerator.wait_for_everyone()
-        others.append(read_result(home))
-
+    others = [
+        result_of(replace(recipe, seed=seed), folder / f"seed-{seed}", place, pace)
+        for seed in seeds[1:]
+    ]
     home = folder / f"seed-{seeds[0]}" if others else folder
     recipe = replace(recipe, seed=seeds[0])
     claim(home, recipe)
@@ -69,6 +62,47 @@ def train_seeds(
             trainer.say(f"top-1 of {len(runs)} seeds: {mean(top1):.2f}, SD {stdev(top1):.2f}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()
+
+
+def result_of(recipe: Recipe, home: Path, place: Place, pace: Pace) -> Run:
+    """Train and report, unless that was done."""
+    claim(home, recipe)
+    if not (home / RESULT).exists():
+        trainer = Trainer(recipe, home, place, pace)
+        trainer.train()
+        report(trainer)
+        trainer.accelerator.wait_for_everyone()
+    return read_result(home)
+
+
+def compare(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    place: Place,
+    pace: Pace,
+    seeds: Sequence[int],
+    table: Path,
+) -> None:
+    """Train each recipe from each seed and write a table of the results, one row a run.
+
+    No weights are kept. The table grows with every run; its head says on what, and with which
+    versions, the last one was made.
+    """
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        for recipe in recipes:
+            home = folder / recipe.name / f"seed-{seed}"
+            run = result_of(replace(recipe, seed=seed), home, place, pace)
+            settings = {
+                "recipe": recipe.name,
+                "norm": recipe.norm,
+                "batch_size": recipe.batch_size,
+                "lr": recipe.optimizer["lr"],
+                "epochs": recipe.epochs,
+            }
+            found = run.statistics["expected"]
+            rows.append(settings | {"seed": seed, "top1": found.top1, "top5": found.top5})
+            write_table(table, rows, bundle.environment())
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
@@ -224,8 +258,10 @@ def is_over(top1: Sequence[float]) -> bool:
     return len(top1) - 1 - max(range(len(top1)), key=top1.__getitem__) >= WORSE_RATES
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_table(path: Path, rows: Sequence[dict[str, Any]], head: str = "") -> None:
+    """A CSV file; each line of `head` becomes a comment above it."""
     text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in head.splitlines())
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)

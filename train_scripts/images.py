@@ -1,6 +1,7 @@
 """The images of a recipe: loaded by name, split for choices, transformed."""
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,14 @@ def load(name: str, split: str, place: Place, *, training: bool = False, **strea
 
 
 def load_training(recipe: Recipe, place: Place, **stream: Any) -> Any:
-    name = recipe.train_dataset or recipe.dataset
-    return load(name, recipe.train_split, place, training=True, **stream)
+    name, split = recipe.train_dataset or recipe.dataset, recipe.train_split
+    part = re.fullmatch(r"(\w+)\[:(\d+)\]", split) if name in data.SPLITS else None
+    if part is None:  # timm's readers that know parts take them apart themselves
+        return load(name, split, place, training=True, **stream)
+    images, count = load(name, part[1], place), int(part[2])
+    if not 0 < count <= len(images):
+        raise UserError(f"train_split {split}: {name} {part[1]} has {len(images)} images")
+    return Part(images, range(count))
 
 
 def class_names(images: Any, recipe: Recipe) -> list[str]:
@@ -119,6 +126,9 @@ def split_off(images: Any, share: float) -> tuple[Part, Part]:
 
 
 def targets_of(images: Any) -> list[int]:
+    if isinstance(images, Part):
+        targets = targets_of(images.dataset)
+        return [targets[i] for i in images.indices]
     if hasattr(images, "targets"):
         return images.targets
     reader = getattr(images, "reader", None)

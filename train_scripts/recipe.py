@@ -21,7 +21,7 @@ class Recipe:
     name: str  # architecture.tag
     model_args: dict[str, Any]
     dataset: str  # evaluated on: a name of kn_zoo.data, or of timm's create_dataset
-    train_split: str
+    train_split: str  # "train", or of a set of kn_zoo.data "train[:10000]": its first images
     eval_split: str
     preprocessing: dict[str, Any]  # of evaluation; mean and std of training too
     epochs: int
@@ -74,6 +74,12 @@ class Recipe:
     @property
     def architecture(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def norm(self) -> str:
+        """What normalizes; a baseline's default is batch normalization."""
+        kernel = self.architecture.startswith("kn")
+        return "kernel" if kernel else self.model_args.get("norm", "batch")
 
     def with_rate(self, lr: float) -> "Recipe":
         """The same with another learning rate; the schedule's other rates keep their ratio."""

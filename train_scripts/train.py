@@ -19,10 +19,10 @@ from typing import Annotated
 
 import typer
 
-from experiments import lr_search, train_seeds
+from experiments import compare, lr_search, train_seeds
 from images import Place
 from kn_zoo import cli, data, manifest
-from recipe import Recipe, UserError
+from recipe import Recipe, UserError, names
 from training import Interrupted, Pace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -57,18 +57,25 @@ def main(
             help="find the learning rate instead: halve it from 0.2, judged on held-out images",
         ),
     ] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="train all recipes of the file instead, and write their results here"
+        ),
+    ] = None,
     in_package: Annotated[
         bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")
     ] = False,
 ) -> int:
     try:
-        settings = Recipe.read(recipe, variant)
-        settings = replace(settings, epochs=epochs or settings.epochs)
-        if updates is not None:
-            settings = replace(settings, updates=updates, sampled_draws=1)
-        folder = output or Path("runs") / settings.name
-        place, pace = Place(data_dir, download), Pace(workers, checkpoint_minutes, minutes)
-        if search_lr:
+        every = names(recipe) if table and variant is None else [variant]
+        chosen = [replace(Recipe.read(recipe, one), **changes(epochs, updates)) for one in every]
+        settings, place = chosen[0], Place(data_dir, download)
+        pace = Pace(workers, checkpoint_minutes, minutes)
+        folder = output or Path("runs") / (recipe.stem if table else settings.name)
+        if table:
+            compare(chosen, folder, place, pace, seeds or [settings.seed], table)
+        elif search_lr:
             lr_search(settings, folder, place, pace)
         else:
             train_seeds(settings, recipe, folder, place, pace, seeds or [settings.seed], in_package)
@@ -79,6 +86,12 @@ def main(
         print(f"train.py: {cli.one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def changes(epochs: int | None, updates: int | None) -> dict[str, int]:
+    """What the command line changes in a recipe."""
+    found = {} if epochs is None else {"epochs": epochs}
+    return found if updates is None else found | {"updates": updates, "sampled_draws": 1}
 
 
 def spread_seeds(argv: list[str]) -> list[str]:
