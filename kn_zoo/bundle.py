@@ -157,6 +157,7 @@ def write(
     predictions: Predictions,
     class_names: Sequence[str],
     dtype: torch.dtype = torch.float32,
+    seconds: float | None = None,
     folder: Path | None = None,
 ) -> Weight:
     """Write a trained model as a bundle of the package, and enter it in the manifest.
@@ -170,6 +171,7 @@ def write(
         log: the CSV file of its progress.
         predictions: made by ``model`` as it is stored, see `round_weights`.
         dtype: how floating-point numbers are stored.
+        seconds: that the training took, where that is known.
         folder: a place outside the package: the bundle is then the user's own, not in the manifest.
 
     Returns:
@@ -191,6 +193,7 @@ def write(
         flops=flops(model, draft.preprocessing.input_size),
         bundle=folder is None,
     )
+    took = "" if seconds is None else f"training {seconds / 3600:.3g} hours\n"
     contents = {
         WEIGHTS_FILE: data,
         CONFIG: config(weight, model, class_names, in_manifest=folder is None).encode(),
@@ -198,7 +201,7 @@ def write(
         RECIPE: yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode(),
         LOG: log.read_bytes(),
         PREDICTIONS: _predictions_file(predictions),
-        ENVIRONMENT: environment().encode(),
+        ENVIRONMENT: (environment() + took).encode(),
     }
     with _replaced(folder or weight.folder, contents):
         if folder is None:

@@ -210,6 +210,7 @@ def write_bundle(
         predictions=predictions,
         class_names=trainer.class_names,
         dtype=dtype,
+        seconds=trainer.state.seconds,
         folder=folder,
     )
     trainer.say(f"wrote {folder or weight.folder}")
