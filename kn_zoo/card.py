@@ -32,9 +32,7 @@ def card(weight: Weight) -> str:
 ---
 # {weight.name}
 
-A Kernel Normalized network of the model zoo `kn_zoo`, trained on {of.name}. It follows \
-[Kernel Normalized Convolutional Networks](https://arxiv.org/abs/{ARXIV}): every convolution \
-window is normalized by its own mean and variance, so there are no batch statistics.
+{introduction(weight)}
 
 ## Use
 
@@ -54,8 +52,6 @@ tag="{weight.tag}")
 
 ## Results
 
-| inference statistics | top-1 % | top-5 % |
-|---|---|---|
 {results(weight)}
 
 Measured on {of.images:,} images ({of.name}, {of.split}) by {weight.reported.by}; random seeds of \
@@ -65,7 +61,7 @@ classes of each image; `python eval/verify.py {weight.name}` computes them again
 ## Training
 
 ```console
-$ python train_scripts/train.py {weight.recipe}
+$ python train_scripts/train.py {weight.recipe} {weight.name}
 ```
 
 `recipe.yaml` holds the settings, `train_log.csv` the progress, `environment.txt` versions and \
@@ -103,13 +99,30 @@ def usage(weight: Weight) -> str:
     return "\n".join(["import timm, kn_zoo", "", *lines])
 
 
+def introduction(weight: Weight) -> str:
+    paper = f"[Kernel Normalized Convolutional Networks](https://arxiv.org/abs/{ARXIV})"
+    if weight.norm == "kernel":
+        return (
+            f"A Kernel Normalized network of the model zoo `kn_zoo`, trained on "
+            f"{weight.dataset.name}. It follows {paper}: every convolution window is normalized by "
+            "its own mean and variance, so there are no batch statistics."
+        )
+    return (
+        f"A baseline of the model zoo `kn_zoo`, with {weight.norm} normalization, trained on "
+        f"{weight.dataset.name}: what the networks of {paper} are compared with."
+    )
+
+
 def results(weight: Weight) -> str:
-    """Rows of a Markdown table: accuracy under each of the inference statistics."""
-    rows = []
+    """Markdown table of the accuracy, under each of the inference statistics if it has them."""
+    rows = ["| inference statistics | top-1 % | top-5 % |", "|---|---|---|"]
+    if weight.norm != "kernel":
+        rows[0] = rows[0].replace("inference statistics", "")
     for statistics, accuracy in weight.reported.statistics.items():
         top5 = "" if accuracy.top5 is None else f"{accuracy.top5:.2f}"
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
-        rows.append(f"| {statistics}{draws} | {accuracy.top1:.2f} | {top5} |")
+        name = statistics if weight.norm == "kernel" else "as trained"
+        rows.append(f"| {name}{draws} | {accuracy.top1:.2f} | {top5} |")
     return "\n".join(rows)
 
 
@@ -125,7 +138,7 @@ def front_matter(weight: Weight) -> ModelCardData:
         license=weight.licenses.weights.lower(),
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "kernel-normalization", f"arxiv:{ARXIV}"],
+        tags=["image-classification", "timm", f"{weight.norm}-normalization", f"arxiv:{ARXIV}"],
         datasets=[ON_HUB[of.name]] if of.name in ON_HUB else None,
         metrics=["accuracy"],
         model_name=weight.name,

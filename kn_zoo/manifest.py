@@ -166,6 +166,11 @@ class Weight:
         return self.name.partition(".")[2]
 
     @property
+    def norm(self) -> str:
+        """What normalizes: "kernel", or what a baseline has instead."""
+        return norm_of(self.architecture, self.model_args)
+
+    @property
     def folder(self) -> Path:
         """Where the bundle lies if it travels with the package."""
         return PRETRAINED / self.name
@@ -211,6 +216,11 @@ class Weight:
 
 def _measured(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in items if key != "top1_sd" or value is not None}
+
+
+def norm_of(architecture: str, model_args: Mapping[str, Any]) -> str:
+    """What normalizes a network: "kernel", or the `norm` of a baseline, by default "batch"."""
+    return "kernel" if architecture.startswith("kn") else str(model_args.get("norm", "batch"))
 
 
 def load(path: Path | None = None) -> Mapping[str, Weight]:

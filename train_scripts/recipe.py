@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from kn_zoo.manifest import norm_of
+
 
 class UserError(Exception):
     """Bad input; the message is one line that says what to do."""
@@ -51,25 +53,24 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path, variant: str | None = None) -> "Recipe":
-        """The recipe of a file, or one of the `variants` that a file of several lists by name.
+        """The recipe of a file, which may be named, or one of the `variants` that a file lists.
 
         Raises UserError, naming what would have been right.
         """
+        settings = contents(path)
+        variants = settings.pop("variants", None)
+        if variants is not None:
+            if variant not in variants:
+                raise UserError(f"{path} holds several recipes; name one: {' '.join(variants)}")
+            settings = merged(settings | {"name": variant}, variants[variant] or {})
+        elif variant not in (None, settings.get("name")):
+            raise UserError(f"{path} holds one recipe, {settings.get('name')}: name that or none")
+        rate = settings.pop("lr", None)
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-            variants = settings.pop("variants", None)
-            if variants is not None:
-                if variant not in variants:
-                    raise UserError(f"{path} holds several recipes; name one: {' '.join(variants)}")
-                settings = merged(settings | {"name": variant}, variants[variant] or {})
-            elif variant is not None:
-                raise UserError(f"{path} holds one recipe: leave {variant} out")
-            rate = settings.pop("lr", None)
             recipe = cls(**settings)
             return recipe if rate is None else recipe.with_rate(rate)
-        except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-            known = ", ".join(cls.__dataclass_fields__)
-            raise UserError(f"{path} is not a recipe ({error}); its fields are: {known}") from None
+        except TypeError as error:
+            raise _no_recipe(path, error) from None
 
     @property
     def architecture(self) -> str:
@@ -77,9 +78,7 @@ class Recipe:
 
     @property
     def norm(self) -> str:
-        """What normalizes; a baseline's default is batch normalization."""
-        kernel = self.architecture.startswith("kn")
-        return "kernel" if kernel else self.model_args.get("norm", "batch")
+        return norm_of(self.architecture, self.model_args)
 
     def with_rate(self, lr: float) -> "Recipe":
         """The same with another learning rate; the schedule's other rates keep their ratio."""
@@ -105,9 +104,22 @@ def settings(name: str) -> Iterator[None]:
         raise UserError(f"the recipe's {name} will not do: {reason}") from None
 
 
+def contents(path: Path) -> dict[str, Any]:
+    """What a file of recipes says; raises UserError."""
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise _no_recipe(path, error) from None
+
+
+def _no_recipe(path: Path, error: Exception) -> UserError:
+    known = ", ".join(Recipe.__dataclass_fields__)
+    return UserError(f"{path} is not a recipe ({error}); its fields are: {known}")
+
+
 def names(path: Path) -> list[str | None]:
     """The variants that a file lists, or [None] for a file of one recipe."""
-    return list(yaml.safe_load(path.read_text(encoding="utf-8")).get("variants") or [None])
+    return list(contents(path).get("variants") or [None])
 
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

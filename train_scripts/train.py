@@ -59,9 +59,7 @@ def main(
     ] = False,
     table: Annotated[
         Path | None,
-        typer.Option(
-            help="train all recipes of the file instead, and write their results here"
-        ),
+        typer.Option(help="train all recipes of the file instead, and write their results here"),
     ] = None,
     in_package: Annotated[
         bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")
