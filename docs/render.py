@@ -1,11 +1,13 @@
-"""Write the generated parts of README.md anew from the manifest: its weights, and where they are.
+"""Write anew what is generated from the manifest and the bundles: README.md's weights and where
+they are, docs/results.md and its figures.
 
-With --check nothing is written; the exit status is 1 if something would be.
+With --check nothing is written; the exit status is 1 if a text would be.
 """
 
 import sys
 from pathlib import Path
 
+import results
 from kn_zoo import manifest
 from kn_zoo.manifest import Weight
 
@@ -73,15 +75,24 @@ def replaced(text: str, section: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
+def texts() -> dict[Path, str]:
+    """What each file that is generated, or partly, has to hold."""
+    readme = replaced(README.read_text(encoding="utf-8"), "weights", weights_table())
+    return {README: replaced(readme, "published", published()), results.PAGE: results.page()}
+
+
 def main(check: bool) -> int:
-    text = README.read_text(encoding="utf-8")
-    fresh = replaced(text, "weights", weights_table())
-    fresh = replaced(fresh, "published", published())
+    stale = {
+        path: text
+        for path, text in texts().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     if check:
-        return int(fresh != text)
-    if fresh != text:
-        manifest.write_text(README, fresh)
-        print(f"wrote {README}")
+        return int(bool(stale))
+    for path, text in stale.items():
+        manifest.write_text(path, text)
+    for path in [*stale, *results.plot()]:
+        print(f"wrote {path}")
     return 0
 
 
