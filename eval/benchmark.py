@@ -17,6 +17,8 @@ Every KNConv2d of the network is replaced in place; the rest, activations includ
 One combination of network, task, number format and mode at a time: its lines take turns, round by
 round and to and fro, after warm-up. A ratio divides two times of one round; the median over the
 rounds is reported. Each combination runs in a process that is given up when it is killed or late.
+Before all that the layers are compared with the paper's formulas in float64; the header tells the
+errors.
 """
 
 import gc
@@ -41,6 +43,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
+from benchmark_check import errors
 from benchmark_report import TASKS, Layer, Results, Row, Setting, layer_of, render, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -56,6 +59,7 @@ SWEEP = [*(Layer(kernel, 64) for kernel in (1, 3, 5, 7)), Layer(3, 16), Layer(3,
 SWEEP_SIDE = 32  # pixels
 BATCH = {"cpu": {32: 64, 224: 16}, "cuda": {32: 256, 224: 128}}  # by side of the image, in pixels
 QUICK_BATCH = 8
+CHECKED = {"eager": (1, 3, 5, 7), "compiled": (3,)}  # kernel sizes; --quick checks the eager ones
 MINUTES = {"quick": 1.6, "cpu": 60.0, "cuda": 7.5}
 WARM_UP_STEPS = 3
 SAMPLE_SECONDS = 0.05  # a time is taken over as many steps as fill this
@@ -468,8 +472,10 @@ def main(
     if output.suffix != ".csv" or not output.parent.is_dir():
         raise cli.UsageError(f"--output {output}: name a .csv file in a folder that exists")
 
-    header = environment(device)
-    seconds = 60 * (minutes or MINUTES["quick" if quick else kind])
+    header, start = environment(device), time.monotonic()
+    print("comparing the layers with float64 ...", file=sys.stderr)
+    header |= errors(device, {"eager": CHECKED["eager"]} if quick else CHECKED)
+    seconds = 60 * (minutes or MINUTES["quick" if quick else kind]) - (time.monotonic() - start)
     settings = list(plan(chosen, device, batch_size, quick))
     rows, interrupted = run(settings, seconds, ROUNDS[0 if quick else 1])
     results = Results(header, rows)

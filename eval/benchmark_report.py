@@ -401,6 +401,8 @@ def table(path: Path) -> str:
     if results.layers:
         growth = sweep_verdict(results)
         parts.append(f"Single layers, {growth.goal}: {growth.text}.\n")
+    if checked := [f"- {k}: {v}\n" for k, v in results.header.items() if k.startswith("error")]:
+        parts += [f"{ERRORS}\n", "".join(checked)]
     memory = results.header.get("memory", "")
     parts += [
         f"Time as a ratio to bare convolutions, {dtype}.\n",
@@ -432,6 +434,7 @@ def details(path: Path) -> str:
     return "\n".join(parts)
 
 
+ERRORS = "Largest relative errors of single layers against the paper's formulas in float64:"
 SWEEP_LAYERS = "milliseconds above the bare convolution, over kernel sizes and over channels"
 
 

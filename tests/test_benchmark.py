@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
 
 import benchmark  # noqa: E402
+import benchmark_check  # noqa: E402
 import benchmark_report as report  # noqa: E402
 from benchmark import Contender, Row, Setting  # noqa: E402
 
@@ -195,6 +196,19 @@ def some_results(**changes: list[float]) -> report.Results:
     return report.Results({"device": "a machine: fast", "versions": "torch 1"}, rows)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_layers_are_near_what_float64_says(dtype: torch.dtype, bound: float) -> None:
+    for kernel in benchmark.CHECKED["eager"]:
+        assert max(benchmark_check.layer_errors(kernel, dtype, "cpu", "eager")) < bound
+
+
+def test_a_layer_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = KNConv2d.forward
+    monkeypatch.setattr(KNConv2d, "forward", lambda layer, x: 1.01 * forward(layer, x))
+    found = benchmark_check.layer_errors(3, torch.float32, "cpu", "eager")
+    assert all(error == pytest.approx(0.01, rel=0.1) for error in found)
+
+
 def test_ratios_are_of_one_round() -> None:
     results = some_results()
     key = ("knresnet8_cifar", "train", "float32", "eager")
@@ -306,6 +320,8 @@ def test_the_command_ends_in_time_and_every_line_has_a_number_or_a_reason(tmp_pa
     results = report.read(path)
     for key in ("date", "device", "versions", "load", "memory"):
         assert results.header[key]
+    assert "gradients" in results.header["error, float32, eager"]
+    assert "error, bfloat16, eager: inference" in report.table(path)
     assert results.networks == ["knresnet8_cifar"]
     assert len(results.layers) == len(benchmark.SWEEP)
     assert all(bool(row.samples_ms) != bool(row.reason) for row in results.rows)

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import yaml
 from test_train import fresh_accelerator  # noqa: F401  used by every test here
 
 import training
-from images import Part, Place, load, split_off
+from images import Part, Place, load, load_training, split_off, targets_of
 from kn_zoo import data
-from recipe import UserError
+from recipe import Recipe, UserError
 
 IMAGES = 160
 
@@ -117,6 +118,20 @@ def test_a_folder_is_evaluated_too_and_names_its_classes(digits, tmp_path):
     bundle = test_train.bundle.Bundle(tmp_path / "run" / "bundle")
     assert bundle.class_names == tuple("0123456789")
     assert len(bundle.predictions().targets) == IMAGES
+
+
+def test_the_first_images_of_a_split_can_be_all_that_is_trained_on(tmp_path):
+    path = test_train.write_recipe(tmp_path / "recipe.yaml", train_split="train[:100]")
+    part, whole = load_training(Recipe.read(path), Place()), data.load("digits", "train")
+    assert len(part) == 100 and targets_of(part) == whole.targets[:100]
+    rest, held = split_off(part, 0.1)
+    assert len(rest) + len(held) == 100
+    assert rest[0][1] == whole.targets[rest.indices[0]]
+    rest.transform = str
+    assert held.transform is None
+    for split in ("train[:0]", "train[:1202]"):
+        with pytest.raises(UserError, match="has 1201 images"):
+            load_training(replace(Recipe.read(path), train_split=split), Place())
 
 
 def test_held_out_images_are_a_share_of_each_class_and_always_the_same():

@@ -1,5 +1,6 @@
 """The training script on real images: recipe in, bundle out, and back after an interruption."""
 
+import csv
 import os
 import resource
 import shutil
@@ -353,6 +354,37 @@ def test_a_rate_is_searched_on_held_out_images_alone(tmp_path, monkeypatch, capf
     assert run(recipe, "--output", folder, "--lr-search") == 0
 
 
+def test_a_table_holds_every_run_of_a_file(tmp_path, monkeypatch):
+    variants = {
+        "knpreactresnet20_cifar.a": {"batch_size": 64},
+        "preactresnet20_cifar.b": {"lr": 0.4},
+    }
+    path = write_recipe(tmp_path / "several.yaml", model_args={}, variants=variants)
+    table = tmp_path / "table.csv"
+    command = [path, "--table", table, "--seeds", "0", "1", "--updates", "1", "--output", tmp_path]
+    assert run(*command) == 0
+    head, rows = csv_with_head(table)
+    assert any(line.startswith("torch ") for line in head)
+    assert [(row["recipe"], row["norm"], row["seed"]) for row in rows] == [
+        (name, norm, seed)
+        for seed in "01"
+        for name, norm in zip(variants, ("kernel", "batch"), strict=True)
+    ]
+    assert [(row["batch_size"], row["lr"]) for row in rows[:2]] == [("64", "0.1"), ("128", "0.4")]
+    for row in rows:
+        found = experiments.read_result(tmp_path / row["recipe"] / f"seed-{row['seed']}")
+        assert float(row["top1"]) == found.statistics["expected"].top1
+    monkeypatch.setattr(training.Trainer, "train", None)  # what is known is not trained again
+    before = table.read_text()
+    assert run(*command) == 0 and table.read_text() == before
+
+
+def csv_with_head(path):
+    lines = path.read_text().splitlines()
+    head = [line[2:] for line in lines if line.startswith("# ")]
+    return head, list(csv.DictReader(lines[len(head) :]))
+
+
 def test_a_folder_of_another_recipe_is_left_alone(recipe, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -368,6 +400,7 @@ def test_a_folder_of_another_recipe_is_left_alone(recipe, tmp_path):
         ("name: a.b\nlearning_rate: 1\n", "learning_rate"),
         ("- 1\n", "not a recipe"),
         ("variants: {a.b: {}, a.c: {}}\n", "name one: a.b a.c"),
+        ("epochs: 1\n", "'dataset'"),
         (None, "not a recipe"),
     ],
 )
@@ -420,8 +453,18 @@ def test_held_out_images_are_what_progress_is_measured_on(tmp_path, monkeypatch)
 
 
 def test_missing_images_are_status_2(tmp_path):
-    recipe = ROOT / "train_scripts/recipes/knpreactresnet20_cifar.cifar100.yaml"
-    assert run(recipe, "--output", tmp_path / "run", "--data-dir", tmp_path) == 2
+    recipe = ROOT / "train_scripts/recipes/cifar100_cpu.yaml"
+    assert (
+        run(
+            recipe,
+            "preactresnet20_cifar.cifar100_bn",
+            "--output",
+            tmp_path / "run",
+            "--data-dir",
+            tmp_path,
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize(

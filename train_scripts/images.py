@@ -29,6 +29,8 @@ class Part(Subset):
     """Some images of a data set, with a transform of their own."""
 
     def __init__(self, images: Any, indices: Sequence[int]) -> None:
+        if isinstance(images, Part):  # whose transform the parts of it would share
+            images, indices = images.dataset, [images.indices[i] for i in indices]
         super().__init__(copy.copy(images), indices)
 
     @property
