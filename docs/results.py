@@ -37,7 +37,7 @@ def page() -> str:
         "unless several seeds are named. Hours are spent in updates, evaluation left out.",
         *curves_section(weights),
         *statistics_section([weight for weight in weights if weight.norm == "kernel"]),
-        *small_batch_section(read_table(SMALL_BATCH)),
+        *small_batch_section(read_table(SMALL_BATCH), as_mapping(comments(SMALL_BATCH))),
         "## Machines and versions",
         "\n".join(f"- `{w.name}`: {machine(environment(w))}" for w in weights),
     ]
@@ -187,7 +187,7 @@ def statistics(weights: Sequence[Weight]) -> Figure:
 # Batch size
 
 
-def small_batch_section(rows: Sequence[Row]) -> list[str]:
+def small_batch_section(rows: Sequence[Row], environment: Mapping[str, str]) -> list[str]:
     parts = ["## Batch size in miniature"]
     if not rows:
         return [*parts, "Not measured yet: see `train_scripts/recipes/small_batch.yaml`."]
@@ -211,7 +211,7 @@ def small_batch_section(rows: Sequence[Row]) -> list[str]:
         "are those of more updates in as many epochs, which all have alike; what it shows is how "
         "the norms compare at one batch size. It does not show how they compare when each is "
         "trained to the end, with rates searched for each, or at another scale.",
-        f"Measured on: {machine(as_mapping(comments(SMALL_BATCH)))}.",
+        f"Measured on: {machine(environment)}.",
     ]
 
 
@@ -251,15 +251,15 @@ def in_order(rows: Iterable[Row], column: str) -> list[str]:
 
 def read_table(path: Path) -> list[Row]:
     """The rows of a CSV file without its comments; none if there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return list(csv.DictReader(line for line in lines_of(path) if not line.startswith("#")))
 
 
 def comments(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line.removeprefix("# ") for line in lines if line.startswith("#")]
+    return [line.removeprefix("# ") for line in lines_of(path) if line.startswith("#")]
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> str:

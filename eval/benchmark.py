@@ -57,7 +57,7 @@ ROOT = Path(__file__).parents[1]
 MODELS = ["knresnet18_cifar", "knresnet50", "knresnet18", "knresnet50_cifar"]
 SWEEP = [*(Layer(kernel, 64) for kernel in (1, 3, 5, 7)), Layer(3, 16), Layer(3, 256)]
 SWEEP_SIDE = 32  # pixels
-BATCH = {"cpu": {32: 64, 224: 16}, "cuda": {32: 256, 224: 128}}  # by side of the image, in pixels
+BATCH = {"cpu": {32: 64, 224: 16}, "cuda": {32: 256, 224: 64}}  # by side of the image, in pixels
 QUICK_BATCH = 8
 CHECKED = {"eager": (1, 3, 5, 7), "compiled": (3,)}  # kernel sizes; --quick checks the eager ones
 MINUTES = {"quick": 1.6, "cpu": 60.0, "cuda": 7.5}
@@ -300,8 +300,10 @@ class Worker:
         self.pool: ProcessPoolExecutor | None = None
         self.pid = 0
 
-    def measure(self, setting: Setting, left: float, rounds: int = ROUNDS[1]) -> list[Row]:
-        """`measure` within `left` seconds; a process that is killed or late becomes a reason."""
+    def measure(
+        self, setting: Setting, left: float, seconds: float, rounds: int = ROUNDS[1]
+    ) -> list[Row]:
+        """`measure`, for about `seconds` and at most `left`; being killed or late is a reason."""
         start = time.monotonic()
         try:
             if self.pool is None:
@@ -310,8 +312,7 @@ class Worker:
                 self.pool = ProcessPoolExecutor(1, get_context("spawn"), _quiet_group)
                 self.pid = self.pool.submit(os.getpid).result(left)
             left -= time.monotonic() - start
-            # Half, so that one slow network does not use up the time of all the others.
-            return self.pool.submit(measure, setting, left / 2, rounds).result(max(0.0, left))
+            return self.pool.submit(measure, setting, seconds, rounds).result(max(0.0, left))
         except (TimeoutError, FutureTimeout):  # one and the same from Python 3.11
             self.kill()
             return without(setting, OUT_OF_TIME)
@@ -352,7 +353,10 @@ def run(settings: list[Setting], seconds: float, rounds: int) -> tuple[list[Row]
                 progress.update(done, description=str(setting), completed=number)
                 left = deadline - time.monotonic()
                 if left > 1:
-                    rows += worker.measure(setting, left, rounds)
+                    # Twice as much as the others, which mostly need less: the first ones matter
+                    # most, and yet what is compiled comes last and takes longest.
+                    share = 2 * left / (len(settings) - number + 1)
+                    rows += worker.measure(setting, left, share, rounds)
                 else:
                     rows += without(setting, OUT_OF_TIME)
                 if not progress.console.is_terminal:

@@ -171,9 +171,9 @@ def test_a_process_that_is_killed_is_a_row_too_and_another_one_starts() -> None:
 
     threading.Thread(target=kill, daemon=True).start()
     try:
-        rows = worker.measure(setting("knresnet50_cifar", pixels=32), 300.0)
+        rows = worker.measure(setting("knresnet50_cifar", pixels=32), 300.0, 150.0)
         assert all("killed" in row.reason for row in rows)
-        late = worker.measure(setting(), 0.2)  # not long enough to start a process
+        late = worker.measure(setting(), 0.2, 0.1)  # not long enough to start a process
         assert all(row.reason == benchmark.OUT_OF_TIME for row in late)
     finally:
         worker.kill()
