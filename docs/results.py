@@ -114,7 +114,7 @@ def families(weights: Sequence[Weight]) -> dict[str, list[Weight]]:
     """The weights by the recipe file that they come from."""
     found: dict[str, list[Weight]] = {}
     for weight in weights:
-        found.setdefault(Path(str(weight.recipe)).stem.partition(".")[0], []).append(weight)
+        found.setdefault(Path(str(weight.recipe)).stem.replace(".", "_"), []).append(weight)
     return found
 
 
