@@ -260,6 +260,8 @@ def add_power_sums_gradient_(grad: Tensor, x: Tensor, grad_sums: tuple[Tensor, .
 def in_parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """All tensors a few images at a time: on a CPU so few that those of x stay in its cache."""
     step = _images_a_part(x)
+    if step >= len(x):
+        return iter([(x, *others)])
     return zip(*(tensor.split(step) for tensor in (x, *others)), strict=True)
 
 
@@ -332,8 +334,10 @@ def _dropped_in_parts(x: Tensor, p: float, seed: int) -> list[Tensor | None]:
     count = max(1, -(-len(x) // step))
     if p == 0.0:
         return [None] * count
-    size = step * x[:1].numel()
     place = _bernoulli_positions(x.numel(), p, seed)
+    if count == 1:
+        return [place]
+    size = step * x[:1].numel()
     first = torch.searchsorted(place, torch.arange(1, count) * size)
     return [part - i * size for i, part in enumerate(place.tensor_split(first))]
 

@@ -90,7 +90,7 @@ def box_mean(maps: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints) -> T
 def box_mean_adjoint(
     grad: Tensor, size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints
 ) -> Tensor:
-    """What flows back through `box_mean` of a map of `size` (H, W): (N, 1, H', W') -> (N, 1, H, W).
+    """What flows back through `box_mean` of maps of `size` (H, W): (N, M, H', W') -> (N, M, H, W).
 
     Every pixel gets from each window it belongs to.
     """
@@ -133,8 +133,9 @@ def unit_statistics_backward(
     left, right, top, bottom = padding
     size = [height + top + bottom, width + left + right]
     inner = (..., slice(top, top + height), slice(left, left + width))
-    grad_square = box_mean_adjoint(grad_var, size, kernel_size, stride, dilation)[inner]
-    grad_mean = box_mean_adjoint(grad_mu, size, kernel_size, stride, dilation)[inner]
+    both = torch.cat([grad_mu, grad_var], 1)  # (N, 2, H', W')
+    both = box_mean_adjoint(both, size, kernel_size, stride, dilation)[inner]
+    grad_mean, grad_square = both[:, :1], both[:, 1:]
     return grad_mean + 2.0 * deviation * grad_square, grad_square
 
 
