@@ -253,11 +253,20 @@ def cpu_name() -> str:
 
 
 def _commit() -> str:
-    if not (manifest.PACKAGE.parent / ".git").exists() or shutil.which("git") is None:
+    """Of the code, if this is a checkout; bundles, which training writes, are no code."""
+    root = manifest.PACKAGE.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return ""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=manifest.PACKAGE, capture_output=True, text=True)
-    return f" at commit {done.stdout.strip()}" if done.returncode == 0 else ""
+    written = [":!kn_zoo/pretrained", ":!weights_manifest.json"]
+    commands = (
+        ["git", "describe", "--always"],
+        ["git", "diff", "--quiet", "HEAD", "--", ".", *written],
+    )
+    found, changed = (
+        subprocess.run(command, cwd=root, capture_output=True, text=True) for command in commands
+    )
+    dirty = "-dirty" if changed.returncode else ""
+    return f" at commit {found.stdout.strip()}{dirty}" if found.returncode == 0 else ""
 
 
 def refresh() -> list[Path]:

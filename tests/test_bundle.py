@@ -52,6 +52,26 @@ def test_what_is_written_can_be_read(zoo: Zoo) -> None:
     assert f"torch {torch.__version__}" in environment
 
 
+def test_changed_code_is_told_and_written_bundles_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, weight = tmp_path / "kn_zoo" / "code.py", tmp_path / "kn_zoo" / "pretrained" / "weight"
+    weight.parent.mkdir(parents=True)
+    for path in (code, weight, tmp_path / "weights_manifest.json"):
+        path.write_text("before")
+    me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(manifest, "PACKAGE", tmp_path / "kn_zoo")
+    clean = bundle.environment()
+    assert " at commit " in clean
+    for path in (weight, tmp_path / "weights_manifest.json"):
+        path.write_text("after")
+    assert bundle.environment() == clean
+    code.write_text("after")
+    assert "-dirty" in bundle.environment() and "-dirty" not in clean
+
+
 def test_the_entry_is_computed_from_the_model(zoo: Zoo) -> None:
     weight = zoo.weight
     assert weight.file is not None
