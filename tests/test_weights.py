@@ -183,7 +183,7 @@ def test_a_missing_file_is_one_error_with_a_cure(zoo: Zoo, path: Path_) -> None:
 
 def test_an_architecture_without_any_weight_says_how_to_train() -> None:
     with pytest.raises(weights.MissingWeights, match=r"train_scripts/train\.py"):
-        load("preactresnet20_cifar")
+        load("preactresnet50_cifar")
 
 
 def test_a_known_file_that_is_nowhere_says_how_to_train(zoo: Zoo) -> None:
