@@ -353,9 +353,9 @@ def run(settings: list[Setting], seconds: float, rounds: int) -> tuple[list[Row]
                 progress.update(done, description=str(setting), completed=number)
                 left = deadline - time.monotonic()
                 if left > 1:
-                    # Twice as much as the others, which mostly need less: the first ones matter
-                    # most, and yet what is compiled comes last and takes longest.
-                    share = 2 * left / (len(settings) - number + 1)
+                    # Several times its part, as most need less, and the first ones matter most;
+                    # but never so much that what is compiled, which comes last, gets none.
+                    share = left * min(0.5, 4 / (len(settings) - number + 1))
                     rows += worker.measure(setting, left, share, rounds)
                 else:
                     rows += without(setting, OUT_OF_TIME)
