@@ -115,13 +115,13 @@ def introduction(weight: Weight) -> str:
 
 def results(weight: Weight) -> str:
     """Markdown table of the accuracy, under each of the inference statistics if it has them."""
-    rows = ["| inference statistics | top-1 % | top-5 % |", "|---|---|---|"]
-    if weight.norm != "kernel":
-        rows[0] = rows[0].replace("inference statistics", "")
+    kernel = weight.norm == "kernel"
+    head = "inference statistics" if kernel else ""
+    rows = [f"| {head} | top-1 % | top-5 % |", "|---|---|---|"]
     for statistics, accuracy in weight.reported.statistics.items():
         top5 = "" if accuracy.top5 is None else f"{accuracy.top5:.2f}"
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
-        name = statistics if weight.norm == "kernel" else "as trained"
+        name = statistics if kernel else "as trained"
         rows.append(f"| {name}{draws} | {accuracy.top1:.2f} | {top5} |")
     return "\n".join(rows)
 

@@ -295,7 +295,7 @@ def _not_available(weight: Weight) -> str:
         )
     return (
         f"{weight.name} is not available: it is neither bundled with kn_zoo nor on the Hub. "
-        f"{_how_to_train(weight.recipe)}"
+        f"{_how_to_train(f'{weight.recipe} {weight.name}' if weight.recipe else None)}"
     )
 
 

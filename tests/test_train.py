@@ -230,8 +230,8 @@ def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path):
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
         model_args={"dropout_p": 0.0},
-        optimizer={"opt": "sgd", "lr": 0.01},  # higher rates amplify what rounding makes different
-        scheduler={"sched": "cosine", "min_lr": 0.01},
+        optimizer={"opt": "sgd", "lr": 0.015},  # higher rates amplify what rounding makes different
+        scheduler={"sched": "cosine", "min_lr": 0.015},
         batch_size=148,  # four updates an epoch
         **VARIANTS["on_device"],
     )
@@ -241,7 +241,7 @@ def test_two_processes_do_what_one_does_and_evaluate_each_image_once(tmp_path):
     assert (two / "checkpoint-000000008" / "random_states_1.pkl").is_file()
     logs = [np.genfromtxt(f / training.LOG, delimiter=",", names=True) for f in (one, two)]
     assert np.allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-3)
-    assert np.ptp(logs[0]["loss"]) > 0.003 * logs[0]["loss"][0]  # the tolerance is not all there is
+    assert np.ptp(logs[0]["loss"]) > 0.005 * logs[0]["loss"][0]  # the tolerance is not all there is
     stored = [bundle.Bundle(folder / "bundle").predictions() for folder in (one, two)]
     test = data.load("digits", "test")
     assert stored[1].targets.tolist() == test.targets
@@ -360,7 +360,7 @@ def test_a_table_holds_every_run_of_a_file(tmp_path, monkeypatch):
         "preactresnet20_cifar.b": {"lr": 0.4},
     }
     path = write_recipe(tmp_path / "several.yaml", model_args={}, variants=variants)
-    table = tmp_path / "table.csv"
+    table = tmp_path / "new" / "table.csv"
     command = [path, "--table", table, "--seeds", "0", "1", "--updates", "1", "--output", tmp_path]
     assert run(*command) == 0
     head, rows = csv_with_head(table)
@@ -377,6 +377,14 @@ def test_a_table_holds_every_run_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Trainer, "train", None)  # what is known is not trained again
     before = table.read_text()
     assert run(*command) == 0 and table.read_text() == before
+
+
+@pytest.mark.parametrize("other", ["--lr-search", "--in-package"])
+def test_a_table_goes_alone(recipe, tmp_path, capfd, other):
+    table = tmp_path / "new" / "table.csv"
+    assert run(recipe, "--table", table, other, "--output", tmp_path / "run") == 2
+    assert f"leave {other} out" in capfd.readouterr().err
+    assert not table.parent.exists() and not (tmp_path / "run").exists()
 
 
 def csv_with_head(path):
@@ -454,17 +462,8 @@ def test_held_out_images_are_what_progress_is_measured_on(tmp_path, monkeypatch)
 
 def test_missing_images_are_status_2(tmp_path):
     recipe = ROOT / "train_scripts/recipes/cifar100_cpu.yaml"
-    assert (
-        run(
-            recipe,
-            "preactresnet20_cifar.cifar100_bn",
-            "--output",
-            tmp_path / "run",
-            "--data-dir",
-            tmp_path,
-        )
-        == 2
-    )
+    places = ["--output", tmp_path / "run", "--data-dir", tmp_path]
+    assert run(recipe, "preactresnet20_cifar.cifar100_bn", *places) == 2
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def compare(
     versions, the last one was made.
     """
     rows: list[dict[str, Any]] = []
+    table.parent.mkdir(parents=True, exist_ok=True)  # not after hours of training
     for seed in seeds:
         for recipe in recipes:
             home = folder / recipe.name / f"seed-{seed}"

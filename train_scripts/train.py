@@ -72,6 +72,9 @@ def main(
         pace = Pace(workers, checkpoint_minutes, minutes)
         folder = output or Path("runs") / (recipe.stem if table else settings.name)
         if table:
+            if search_lr or in_package:
+                other = "--lr-search" if search_lr else "--in-package"
+                raise UserError(f"--table only compares: leave {other} out")
             compare(chosen, folder, place, pace, seeds or [settings.seed], table)
         elif search_lr:
             lr_search(settings, folder, place, pace)
