@@ -152,8 +152,8 @@ def curves(family: Sequence[Weight]) -> Figure:
 
 
 STEM = """\
-With `knpreactresnet20_cifar.cifar100` the three points between `expected` and `sampled` are the stem's
-doing: with that layer alone `sampled`,
+With `knpreactresnet20_cifar.cifar100` the three points between `expected` and `sampled` are the
+stem's doing: with that layer alone `sampled`,
 
 ```python
 import timm, torch, kn_zoo
