@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiments
+import images
 import kn_zoo  # noqa: F401
 import train
 import training
@@ -354,6 +355,48 @@ def test_a_rate_is_searched_on_held_out_images_alone(tmp_path, monkeypatch, capf
     assert run(recipe, "--output", folder, "--lr-search") == 0
 
 
+@pytest.mark.parametrize(
+    ("top1", "over"),
+    [
+        ([], False),
+        ([0.0, 0.0, 0.0], False),  # nothing learned: on with the halving
+        ([1.4, 1.0, 1.2], False),  # of 100 classes, that is chance
+        ([1.4, 1.0, 9.0], False),
+        ([1.0, 9.0, 8.0], False),
+        ([1.0, 9.0, 8.0, 8.9], True),
+        ([9.0, 8.0, 9.5, 9.0], False),
+    ],
+)
+def test_a_search_ends_after_two_worse_rates_than_one_that_learned(top1, over):
+    assert experiments.is_over(top1, chance=1.0) is over
+
+
+def test_a_smaller_batch_is_searched_from_the_best_rate_of_a_larger_one(tmp_path, monkeypatch):
+    best = {"knpreactresnet20_cifar.a": 0.05, "knpreactresnet20_cifar.b": 0.025}
+    best |= {"preactresnet20_cifar.c": 0.1}
+    variants = {name: {"batch_size": size} for name, size in zip(best, (8, 128, 8), strict=True)}
+    path = write_recipe(tmp_path / "several.yaml", model_args={}, epochs=1, variants=variants)
+
+    def evaluated(self, dataset, progress=None):
+        rate = self.recipe.optimizer["lr"]
+        share = 0.9 - 0.1 * abs(np.log2(rate / best[self.recipe.name]))
+        targets = np.asarray(images.targets_of(dataset))
+        hit = np.arange(len(targets)) < len(targets) * share
+        indices = np.where(hit, targets, (targets + 1) % 10)[:, None].repeat(5, 1)
+        return evaluate.Predictions(indices, np.zeros((len(targets), 10), np.float32), targets)
+
+    monkeypatch.setattr(training.Trainer, "update", lambda self, *batch: torch.tensor(1.0))
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluated)
+    table = tmp_path / "rates.csv"
+    assert run(path, "--lr-search", "--table", table, "--output", tmp_path / "run") == 0
+    _, rows = csv_with_head(table)
+    rates = {name: [float(r["lr"]) for r in rows if r["recipe"] == name] for name in best}
+    assert rates["knpreactresnet20_cifar.b"] == [0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625]
+    assert rates["knpreactresnet20_cifar.a"] == [0.025, 0.0125, 0.00625]  # from the other's best
+    assert rates["preactresnet20_cifar.c"] == [0.2, 0.1, 0.05, 0.025]  # another norm
+    assert [row["norm"] for row in rows[-4:]] == ["batch"] * 4
+
+
 def test_a_table_holds_every_run_of_a_file(tmp_path, monkeypatch):
     variants = {
         "knpreactresnet20_cifar.a": {"batch_size": 64},
@@ -379,11 +422,10 @@ def test_a_table_holds_every_run_of_a_file(tmp_path, monkeypatch):
     assert run(*command) == 0 and table.read_text() == before
 
 
-@pytest.mark.parametrize("other", ["--lr-search", "--in-package"])
-def test_a_table_goes_alone(recipe, tmp_path, capfd, other):
+def test_a_table_keeps_no_weights(recipe, tmp_path, capfd):
     table = tmp_path / "new" / "table.csv"
-    assert run(recipe, "--table", table, other, "--output", tmp_path / "run") == 2
-    assert f"leave {other} out" in capfd.readouterr().err
+    assert run(recipe, "--table", table, "--in-package", "--output", tmp_path / "run") == 2
+    assert "leave --in-package out" in capfd.readouterr().err
     assert not table.parent.exists() and not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 import kn_zoo
-from images import Place, load_training, split_off
+from images import Place, load_training, split_off, targets_of
 from kn_zoo import bundle, data, manifest
 from kn_zoo.evaluate import Predictions
 from kn_zoo.layers import KNConv2d
@@ -27,6 +27,7 @@ RESULT = "result.json"
 FIRST_RATE = 0.2  # the paper's search begins there
 LOWEST_RATE = FIRST_RATE / 2**10
 WORSE_RATES = 2  # in a row below the best, after which the search is over
+LEARNED = 2.0  # times the accuracy of chance, below which a rate has taught nothing
 SEARCH_SHARE = 0.1  # of the training images, held out, unless the recipe says
 
 
@@ -217,45 +218,78 @@ def write_bundle(
     trainer.say(f"wrote {folder or weight.folder}")
 
 
-def lr_search(recipe: Recipe, folder: Path, place: Place, pace: Pace) -> None:
-    """Train with 0.2, 0.1, 0.05 ... and compare on held-out training images.
+def lr_searches(
+    recipes: Sequence[Recipe], folder: Path, place: Place, pace: Pace, table: Path
+) -> None:
+    """`lr_search` of each recipe, all rates in one table.
 
-    The table lr_search.csv grows with every rate; a rate that is in it is not trained again. The
-    test images are never looked at.
+    A search begins where that of the same network at a larger batch was best, since a smaller batch
+    wants no higher rate.
+    """
+    rows: list[dict[str, Any]] = []
+    best: list[tuple[Recipe, float]] = []
+    table.parent.mkdir(parents=True, exist_ok=True)
+    for recipe in sorted(recipes, key=lambda recipe: -recipe.batch_size):
+        larger = [rate for other, rate in best if is_larger_batch_of(other, recipe)]
+        first = min(larger, default=FIRST_RATE)
+        found = lr_search(recipe, folder / recipe.name, place, pace, first)
+        best.append((recipe, best_of(found)["lr"]))
+        settings = {"recipe": recipe.name, "norm": recipe.norm, "batch_size": recipe.batch_size}
+        rows += [settings | row for row in found]
+        write_table(table, rows, bundle.environment())
+
+
+def is_larger_batch_of(other: Recipe, recipe: Recipe) -> bool:
+    same = (other.architecture, other.norm) == (recipe.architecture, recipe.norm)
+    return same and other.batch_size > recipe.batch_size
+
+
+def lr_search(
+    recipe: Recipe, folder: Path, place: Place, pace: Pace, first: float = FIRST_RATE
+) -> list[dict[str, float]]:
+    """Train with `first`, half of it, a quarter ... and compare on held-out training images.
+
+    The table lr_search.csv, which is returned, grows with every rate; a rate that is in it is not
+    trained again. The test images are never looked at.
     """
     share = recipe.held_out or SEARCH_SHARE
     path, rows = folder / "lr_search.csv", []
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(path.open())]
-    while not is_over([row["top1"] for row in rows]) and next_rate(rows) >= LOWEST_RATE:
-        mine = replace(recipe.with_rate(next_rate(rows)), held_out=share)
-        home = folder / f"lr-{mine.optimizer['lr']:g}"
+    images = load_training(recipe, place)
+    chance = 100 / len(set(targets_of(split_off(images, share)[1])))
+    rate = rows[-1]["lr"] / 2 if rows else first
+    while rate >= LOWEST_RATE and not is_over([row["top1"] for row in rows], chance):
+        mine = replace(recipe.with_rate(rate), held_out=share)
+        home = folder / f"lr-{rate:g}"
         claim(home, mine)
-        train_set, held_out = split_off(load_training(recipe, place), share)
+        train_set, held_out = split_off(images, share)
         trainer = Trainer(mine, home, place, pace, train_set, held_out)
         try:
             trainer.train()
             last = trainer.state.rows[-1]
-            row = {"lr": mine.optimizer["lr"], "loss": last["loss"], "top1": last["top1"]}
+            row = {"lr": rate, "loss": last["loss"], "top1": last["top1"]}
         except Diverged as error:
             trainer.say(str(error))
-            row = {"lr": mine.optimizer["lr"], "loss": math.nan, "top1": 0.0}
+            row = {"lr": rate, "loss": math.nan, "top1": 0.0}
         rows.append(row | {"images": len(held_out), "epochs": recipe.epochs, "seed": recipe.seed})
+        rate /= 2
         if trainer.accelerator.is_main_process:
             write_table(path, rows)
         trainer.accelerator.wait_for_everyone()
-    best = max(rows, key=lambda row: row["top1"])
+    best = best_of(rows)
     console.print(f"best on {best['images']:.0f} held-out images: lr {best['lr']:g}; {path}")
+    return rows
 
 
-def next_rate(rows: Sequence[dict[str, float]]) -> float:
-    return rows[-1]["lr"] / 2 if rows else FIRST_RATE
+def best_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return max(rows, key=lambda row: row["top1"])
 
 
-def is_over(top1: Sequence[float]) -> bool:
-    """Whether the last rates were worse than the best one, which was better than chance."""
-    if not top1 or max(top1) == 0.0:
+def is_over(top1: Sequence[float], chance: float) -> bool:
+    """Whether the last rates were worse than the best one, which learned something."""
+    if not top1 or max(top1) < LEARNED * chance:
         return False
     return len(top1) - 1 - max(range(len(top1)), key=top1.__getitem__) >= WORSE_RATES
 

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from experiments import compare, lr_search, train_seeds
+from experiments import compare, lr_search, lr_searches, train_seeds
 from images import Place
 from kn_zoo import cli, data, manifest
 from recipe import Recipe, UserError, names
@@ -54,12 +54,13 @@ def main(
         bool,
         typer.Option(
             "--lr-search",
-            help="find the learning rate instead: halve it from 0.2, judged on held-out images",
+            help="find the learning rate instead: halve it from 0.2, judged on held-out images; "
+            "with --table, for every recipe of the file",
         ),
     ] = False,
     table: Annotated[
         Path | None,
-        typer.Option(help="train all recipes of the file instead, and write their results here"),
+        typer.Option(help="do all recipes of the file instead, and write their results here"),
     ] = None,
     in_package: Annotated[
         bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")
@@ -72,10 +73,12 @@ def main(
         pace = Pace(workers, checkpoint_minutes, minutes)
         folder = output or Path("runs") / (recipe.stem if table else settings.name)
         if table:
-            if search_lr or in_package:
-                other = "--lr-search" if search_lr else "--in-package"
-                raise UserError(f"--table only compares: leave {other} out")
-            compare(chosen, folder, place, pace, seeds or [settings.seed], table)
+            if in_package:
+                raise UserError("--table only compares: leave --in-package out")
+            if search_lr:
+                lr_searches(chosen, folder, place, pace, table)
+            else:
+                compare(chosen, folder, place, pace, seeds or [settings.seed], table)
         elif search_lr:
             lr_search(settings, folder, place, pace)
         else:
