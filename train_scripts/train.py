@@ -3,6 +3,7 @@
 - `python train_scripts/train.py train_scripts/recipes/knpreactresnet20_cifar.digits.yaml`
 - `python train_scripts/train.py train_scripts/recipes/cifar100.yaml knresnet18_cifar.cifar100_b256`
 - `accelerate launch --num_processes 8 train_scripts/train.py RECIPE` (or torchrun: several devices)
+- `torchrun --nproc-per-node 2 train_scripts/train.py RECIPE` (on CPUs accelerate would need MPI)
 
 The recipe decides everything that changes the result. A run lives in runs/NAME/: checkpoints,
 train_log.csv, TensorBoard's events, and at the end bundle/. Stopped at any moment, in whatever way,
