@@ -151,27 +151,6 @@ def curves(family: Sequence[Weight]) -> Figure:
 # Inference statistics
 
 
-STEM = """\
-With `knpreactresnet20_cifar.cifar100` the three points between `expected` and `sampled` are the
-stem's doing: with that layer alone `sampled`,
-
-```python
-import timm, torch, kn_zoo
-from kn_zoo import data, evaluate
-
-model = timm.create_model("knpreactresnet20_cifar.cifar100", pretrained=True).eval()
-kn_zoo.set_inference_statistics(model.stem, "sampled")
-images = data.load("cifar100", "test")
-images.transform = evaluate.eval_transform(model)
-torch.manual_seed(0)
-print(evaluate.predict(model, images).top1)
-```
-
-prints 64.13. A unit of the stem has 27 numbers, and `dropout_p` was 0.02: 58 % of the masks
-(0.98^27) drop none of them. In a flat patch, whose own variance is next to nothing, the scale that
-training saw therefore jumps between two values, and that of the expected variance is neither."""
-
-
 def statistics_section(weights: Sequence[Weight]) -> list[str]:
     head = "weight|images|expected (default)|plain|sampled, mean|SD|draws"
     rows, best, better = [], 0, 0
@@ -194,7 +173,6 @@ def statistics_section(weights: Sequence[Weight]) -> list[str]:
         f"`expected` is at least as good as `plain`, the other deterministic one, for {better} of "
         f"{len(weights)} weights, and the best of all three for {best}. It is the default: the "
         "same for every call and every batch.",
-        STEM,
         image("statistics", "top-1 under the three inference statistics"),
     ]
 
