@@ -502,6 +502,19 @@ def test_held_out_images_are_what_progress_is_measured_on(tmp_path, monkeypatch)
     assert 110 < progress < 130 and set(report) == {596}
 
 
+def test_the_small_batch_comparison_has_the_rates_that_were_searched():
+    path = ROOT / "train_scripts/recipes/small_batch.yaml"
+    _, rows = csv_with_head(ROOT / "results/small_batch_rates.csv")
+    best: dict[str, float] = {}
+    for name in names(path):
+        found = [{k: float(r[k]) for k in ("lr", "top1")} for r in rows if r["recipe"] == name]
+        best[name] = experiments.best_of(found)["lr"]
+    assert {name: Recipe.read(path, name).optimizer["lr"] for name in best} == best
+    _, runs = csv_with_head(ROOT / "results/small_batch.csv")
+    assert {run["recipe"]: float(run["lr"]) for run in runs} == best
+    assert len(runs) == 2 * len(best)
+
+
 def test_missing_images_are_status_2(tmp_path):
     recipe = ROOT / "train_scripts/recipes/cifar100_cpu.yaml"
     places = ["--output", tmp_path / "run", "--data-dir", tmp_path]
