@@ -40,7 +40,9 @@ def page() -> str:
         "## Weights trained by this project",
         table(WEIGHTS_HEAD, [weight_row(weight) for weight in weights]),
         "Top-1 and top-5 in percent, of the stored file, under `expected` statistics. One run each "
-        "unless several seeds are named. Hours are spent in updates, evaluation left out.",
+        "unless several seeds are named. Hours are spent in updates, evaluation left out. "
+        "GroupNorm has 32 groups, or as many as leave two channels to each: in a network of 16 to "
+        "64 channels that is always two, fewer than it is mostly used with.",
         *curves_section(weights),
         *statistics_section([weight for weight in weights if weight.norm == "kernel"]),
         *small_batch_section(read_table(SMALL_BATCH), as_mapping(comments(SMALL_BATCH))),
