@@ -246,17 +246,19 @@ def is_larger_batch_of(other: Recipe, recipe: Recipe) -> bool:
 
 def lr_search(
     recipe: Recipe, folder: Path, place: Place, pace: Pace, first: float = FIRST_RATE
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Train with `first`, half of it, a quarter ... and compare on held-out training images.
 
     The table lr_search.csv, which is returned, grows with every rate; a rate that is in it is not
     trained again. The test images are never looked at.
     """
     share = recipe.held_out or SEARCH_SHARE
-    path, rows = folder / "lr_search.csv", []
+    path = folder / "lr_search.csv"
     folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
     if path.exists():
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(path.open())]
+        known = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        rows = [row | {key: float(row[key]) for key in ("lr", "top1")} for row in known]
     images = load_training(recipe, place)
     chance = 100 / len(set(targets_of(split_off(images, share)[1])))
     rate = rows[-1]["lr"] / 2 if rows else first
@@ -279,11 +281,11 @@ def lr_search(
             write_table(path, rows)
         trainer.accelerator.wait_for_everyone()
     best = best_of(rows)
-    console.print(f"best on {best['images']:.0f} held-out images: lr {best['lr']:g}; {path}")
+    console.print(f"best on {best['images']} held-out images: lr {best['lr']:g}; {path}")
     return rows
 
 
-def best_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: row["top1"])
 
 
