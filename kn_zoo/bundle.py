@@ -253,11 +253,11 @@ def cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the code, if this is a checkout; bundles, which training writes, are no code."""
+    """Of the code, if this is a checkout; what training writes is no code."""
     root = manifest.PACKAGE.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return ""
-    written = [":!kn_zoo/pretrained", ":!weights_manifest.json"]
+    written = [":!kn_zoo/pretrained", ":!weights_manifest.json", ":!results"]
     commands = (
         ["git", "describe", "--always"],
         ["git", "diff", "--quiet", "HEAD", "--", ".", *written],
