@@ -56,8 +56,11 @@ def test_changed_code_is_told_and_written_bundles_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, weight = tmp_path / "kn_zoo" / "code.py", tmp_path / "kn_zoo" / "pretrained" / "weight"
+    table = tmp_path / "results" / "table.csv"
     weight.parent.mkdir(parents=True)
-    for path in (code, weight, tmp_path / "weights_manifest.json"):
+    table.parent.mkdir()
+    written = (weight, tmp_path / "weights_manifest.json", table)
+    for path in (code, *written):
         path.write_text("before")
     me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for command in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "all"]):
@@ -65,7 +68,7 @@ def test_changed_code_is_told_and_written_bundles_are_not(
     monkeypatch.setattr(manifest, "PACKAGE", tmp_path / "kn_zoo")
     clean = bundle.environment()
     assert " at commit " in clean
-    for path in (weight, tmp_path / "weights_manifest.json"):
+    for path in written:
         path.write_text("after")
     assert bundle.environment() == clean
     code.write_text("after")
