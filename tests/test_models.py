@@ -323,6 +323,8 @@ def test_wrong_names_are_refused_with_the_right_ones():
         timm.create_model("resnet18_cifar", norm="kernel")
     with pytest.raises(ValueError, match="use knpreactresnet18_cifar"):
         timm.create_model("preactresnet18_cifar", norm="kernel")
+    with pytest.raises(TypeError, match="use preactresnet18_cifar"):
+        timm.create_model("knpreactresnet18_cifar", norm="batch")
     with pytest.raises(TypeError, match="dropout_p"):
         timm.create_model("preactresnet18_cifar", dropout_p=0.1)
     with pytest.raises(ValueError, match="relu"):

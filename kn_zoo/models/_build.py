@@ -1,7 +1,8 @@
 """From an entry point to a model: timm's builder, and its default cfgs from the manifest."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,16 +41,18 @@ def build(
     *,
     pretrained_filter_fn: Callable[[StateDict, Any], StateDict] | None = None,
     feature_cfg: dict[str, Any] | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
     **kwargs: Any,
 ) -> nn.Module:
     """Build `variant` as timm does, with its weights checked before a tensor of them is read.
 
+    `defaults` are arguments of the network that a weight may have been trained without.
     `features_only=True` takes its maps from `forward_intermediates`: one code path for both.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
         asked_for = (variant, kwargs.get("pretrained_cfg"), overlay)
-        kwargs = {**weights.model_args(*asked_for), **kwargs}
+        defaults = {**defaults, **weights.model_args(*asked_for)}
         overlay = _read_pickle(weights.checked_source(*asked_for, kwargs.get("cache_dir")))
     model = build_model_with_cfg(
         model_cls,
@@ -58,7 +61,7 @@ def build(
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=pretrained_filter_fn,
         feature_cfg=dict(feature_cls="getter", **(feature_cfg or {})),
-        **kwargs,
+        **{**defaults, **kwargs},
     )
     for module in model.modules():  # also the network that a features wrapper holds
         # a model must not keep a second copy of its weights

@@ -261,9 +261,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, norm: Norm, **kwargs: Any) -> nn.Module:
-    if not variant.startswith("kn"):
-        _check_baseline(variant, norm, kwargs)
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    baseline = not variant.startswith("kn")
+    if baseline:
+        _check_baseline(variant, kwargs)
+    elif "norm" in kwargs:
+        raise TypeError(f"{variant} got an unexpected argument 'norm': use {variant[2:]}")
     small_stem = kwargs["small_stem"] = variant.endswith("_cifar")
     maps = len(kwargs["depths"]) + (not small_stem)
     return build(
@@ -272,14 +275,14 @@ def _create(variant: str, pretrained: bool, norm: Norm, **kwargs: Any) -> nn.Mod
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(maps))),
-        norm=norm,
+        defaults=dict(norm="batch" if baseline else "kernel"),
         **kwargs,
     )
 
 
-def _check_baseline(variant: str, norm: str, kwargs: dict[str, Any]) -> None:
+def _check_baseline(variant: str, kwargs: dict[str, Any]) -> None:
     """A baseline has no kernel normalization, nor takes what only that has a use for."""
-    if norm == "kernel":
+    if kwargs.get("norm") == "kernel":
         raise ValueError(f"norm='kernel': use kn{variant}")
     for name in ("dropout_p", "inference_statistics", "dropout"):
         if name in kwargs:
@@ -295,90 +298,82 @@ RESNET20 = dict(block=PreActBasic, depths=(3, 3, 3), widths=(16, 32, 64))
 @register_model
 def knpreactresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-18."""
-    return _create("knpreactresnet18", pretrained, "kernel", **dict(RESNET18, **kwargs))
+    return _create("knpreactresnet18", pretrained, **dict(RESNET18, **kwargs))
 
 
 @register_model
 def knpreactresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-34."""
-    return _create("knpreactresnet34", pretrained, "kernel", **dict(RESNET34, **kwargs))
+    return _create("knpreactresnet34", pretrained, **dict(RESNET34, **kwargs))
 
 
 @register_model
 def knpreactresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-50."""
-    return _create("knpreactresnet50", pretrained, "kernel", **dict(RESNET50, **kwargs))
+    return _create("knpreactresnet50", pretrained, **dict(RESNET50, **kwargs))
 
 
 @register_model
 def knpreactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-18 for low resolution."""
-    return _create("knpreactresnet18_cifar", pretrained, "kernel", **dict(RESNET18, **kwargs))
+    return _create("knpreactresnet18_cifar", pretrained, **dict(RESNET18, **kwargs))
 
 
 @register_model
 def knpreactresnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-34 for low resolution."""
-    return _create("knpreactresnet34_cifar", pretrained, "kernel", **dict(RESNET34, **kwargs))
+    return _create("knpreactresnet34_cifar", pretrained, **dict(RESNET34, **kwargs))
 
 
 @register_model
 def knpreactresnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-50 for low resolution."""
-    return _create("knpreactresnet50_cifar", pretrained, "kernel", **dict(RESNET50, **kwargs))
+    return _create("knpreactresnet50_cifar", pretrained, **dict(RESNET50, **kwargs))
 
 
 @register_model
 def knpreactresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-20 (16-32-64 channels)."""
-    return _create("knpreactresnet20_cifar", pretrained, "kernel", **dict(RESNET20, **kwargs))
+    return _create("knpreactresnet20_cifar", pretrained, **dict(RESNET20, **kwargs))
 
 
 @register_model
-def preactresnet18(pretrained: bool = False, norm: Norm = "batch", **kwargs: Any) -> nn.Module:
-    """PreActResNet-18 with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet18", pretrained, norm, **dict(RESNET18, **kwargs))
+def preactresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-18; `norm`: "batch" (default), "group", "layer" or "none"."""
+    return _create("preactresnet18", pretrained, **dict(RESNET18, **kwargs))
 
 
 @register_model
-def preactresnet34(pretrained: bool = False, norm: Norm = "batch", **kwargs: Any) -> nn.Module:
-    """PreActResNet-34 with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet34", pretrained, norm, **dict(RESNET34, **kwargs))
+def preactresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-34; `norm`: "batch" (default), "group", "layer" or "none"."""
+    return _create("preactresnet34", pretrained, **dict(RESNET34, **kwargs))
 
 
 @register_model
-def preactresnet50(pretrained: bool = False, norm: Norm = "batch", **kwargs: Any) -> nn.Module:
-    """PreActResNet-50 with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet50", pretrained, norm, **dict(RESNET50, **kwargs))
+def preactresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-50; `norm`: "batch" (default), "group", "layer" or "none"."""
+    return _create("preactresnet50", pretrained, **dict(RESNET50, **kwargs))
 
 
 @register_model
-def preactresnet18_cifar(
-    pretrained: bool = False, norm: Norm = "batch", **kwargs: Any
-) -> nn.Module:
-    """PreActResNet-18 for low resolution with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet18_cifar", pretrained, norm, **dict(RESNET18, **kwargs))
+def preactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-18 for low resolution; `norm`: "batch" (default), "group", "layer" or "none"."""
+    return _create("preactresnet18_cifar", pretrained, **dict(RESNET18, **kwargs))
 
 
 @register_model
-def preactresnet34_cifar(
-    pretrained: bool = False, norm: Norm = "batch", **kwargs: Any
-) -> nn.Module:
-    """PreActResNet-34 for low resolution with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet34_cifar", pretrained, norm, **dict(RESNET34, **kwargs))
+def preactresnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-34 for low resolution; `norm`: "batch" (default), "group", "layer" or "none"."""
+    return _create("preactresnet34_cifar", pretrained, **dict(RESNET34, **kwargs))
 
 
 @register_model
-def preactresnet50_cifar(
-    pretrained: bool = False, norm: Norm = "batch", **kwargs: Any
-) -> nn.Module:
-    """PreActResNet-50 for low resolution with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet50_cifar", pretrained, norm, **dict(RESNET50, **kwargs))
+def preactresnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-50 for low resolution; `norm`: "batch" (default), "group", "layer" or "none"."""
+    return _create("preactresnet50_cifar", pretrained, **dict(RESNET50, **kwargs))
 
 
 @register_model
-def preactresnet20_cifar(
-    pretrained: bool = False, norm: Norm = "batch", **kwargs: Any
-) -> nn.Module:
-    """PreActResNet-20 (16-32-64 channels) with `norm` "batch", "group", "layer" or "none"."""
-    return _create("preactresnet20_cifar", pretrained, norm, **dict(RESNET20, **kwargs))
+def preactresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-20, 16-32-64 channels; `norm`: "batch" (default), "group", "layer", "none"."""
+    return _create("preactresnet20_cifar", pretrained, **dict(RESNET20, **kwargs))
