@@ -18,11 +18,13 @@ import tiny_zoo
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from timm.models._hub import load_model_config_from_path
 from tiny_zoo import NAME, Zoo
 
 from kn_zoo import bundle, manifest, weights
 from kn_zoo.evaluate import NEAR_TIE
+from kn_zoo.manifest import Weight
 
 
 @pytest.fixture
@@ -203,6 +205,19 @@ def test_generated_files_of_the_package_are_up_to_date() -> None:
             assert json.loads((weight.folder / bundle.CONFIG).read_text("utf-8")) == json.loads(
                 bundle.config(weight, model, stored.class_names)
             )
+
+
+@pytest.mark.parametrize(
+    "weight", [w for w in manifest.load().values() if w.bundle], ids=lambda w: w.name
+)
+def test_a_weight_of_the_package_makes_the_network_it_was_trained_in(weight: Weight) -> None:
+    model = timm.create_model(weight.name, pretrained=True)
+    stored = load_file(weight.folder / weights.WEIGHTS_FILE)
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, stored[key], rtol=0, atol=0, check_dtype=False)
+    assert sum(p.numel() for p in model.parameters()) == weight.parameters
+    given = timm.create_model(weight.architecture, **weight.model_args)
+    assert list(given.state_dict()) == list(model.state_dict())
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("hatchling"), reason="hatchling is not installed")
