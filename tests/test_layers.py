@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from kn_zoo.layers import KernelNorm1d, KernelNorm2d, KNConv2d, set_inference_statistics
 from kn_zoo.layers.moments import channel_moments, pixel_moments
 from kn_zoo.layers.reference import ReferenceKNConv2d
+from kn_zoo.layers.statistics import unit_moments
 
 LAYERS = {"KNConv2d": KNConv2d, "KernelNorm2d": KernelNorm2d, "KernelNorm1d": KernelNorm1d}
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -621,3 +622,16 @@ def test_fake_tensors():
         assert layer.eval()(x).shape == layer.train()(x).shape == (2, 4, 8, 8)
     layer = KNConv2d(20, 4, 3, device="meta").eval()
     assert layer(torch.randn(2, 20, 8, 8, device="meta")).shape == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_a_dark_even_window_in_a_bright_image_keeps_its_variance(size):
+    mean, var = torch.rand(2, 2, 1, 24, 24).unbind()
+    mean[..., :12] *= 1e-3
+    var[..., :12] *= 1e-6
+    pivot = mean.mean((2, 3), keepdim=True)
+    window = ([size, size], [1, 1], [0, 0, 0, 0], [1, 1])
+    _, found = unit_moments(mean - pivot, var, pivot, *window)
+    _, exact = unit_moments((mean - pivot).double(), var.double(), pivot.double(), *window)
+    dark = (..., slice(0, 13 - size))
+    torch.testing.assert_close(found[dark].double(), exact[dark], rtol=1e-5, atol=1e-11)

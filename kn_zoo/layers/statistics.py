@@ -5,9 +5,12 @@ follow from one-channel maps, so no window is ever unfolded:
 
     m, v  = mean and variance over the channels of a pixel           (channel_moments, one pass)
     mu    = box(m)                                                   box: mean over a window
-    var   = box(v + (m - pivot)^2) - (mu - pivot)^2                  for any pivot
+    var   = box(v) + variance of m over the window
 
-The two squares cancel badly when |mean| >> std, hence the pivot: each image's own mean. Zero
+The last variance is never taken as a difference of squares, which cancels where a window is dark
+and even and its image is not: along columns and then along rows, the variance of the whole is the
+mean of the parts' variances plus the variance of their means. Means are relative to a pivot, each
+image's own mean, as |mean| may be far above the std of all its windows. Zero
 padding belongs to the unit: out there m = v = 0. The variance is biased (divided by n).
 
 Under dropout with probability p the statistics are those of x * keep / (1 - p). For inference
@@ -64,27 +67,45 @@ def unit_moments(
     if max(padding) > 0:
         outside = F.pad(torch.zeros_like(deviation[:1]), padding, value=1.0)
         deviation, var = F.pad(deviation, padding) - pivot * outside, F.pad(var, padding)
-    mu = box_mean(deviation, kernel_size, stride, dilation)
-    square = box_mean(var + deviation * deviation, kernel_size, stride, dilation)
-    return mu, (square - mu * mu).clamp_min(0.0)
+    for dim in (2, 3):  # the variance of the parts' means, added to the mean of their variances
+        here = taps(deviation, dim, kernel_size, stride, dilation)
+        mu = mean_of(here)
+        spread = mean_of([(tap - mu).square() for tap in here])
+        deviation, var = mu, mean_of(taps(var, dim, kernel_size, stride, dilation)) + spread
+    return deviation, var.clamp_min(0.0)
 
 
 def box_mean(maps: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints) -> Tensor:
     """Mean over each window of a one-channel map: (N, 1, H, W) -> (N, 1, H', W').
 
-    By kh + kw shifted additions, first over rows, then over columns: for a single channel many
-    times faster than average pooling on a CPU, and it takes any stride and dilation.
+    First over rows, then over columns.
     """
     for dim in (2, 3):
-        size, step, apart = kernel_size[dim - 2], stride[dim - 2], dilation[dim - 2]
-        last = maps.shape[dim] - apart * (size - 1)  # one past the first pixel of the last window
-        total = maps[:, :, 0:last:step] if dim == 2 else maps[:, :, :, 0:last:step]
-        for i in range(apart, apart * size, apart):
-            total = total + (
-                maps[:, :, i : i + last : step] if dim == 2 else maps[:, :, :, i : i + last : step]
-            )
-        maps = total
-    return maps / (kernel_size[0] * kernel_size[1])
+        maps = mean_of(taps(maps, dim, kernel_size, stride, dilation))
+    return maps
+
+
+def taps(maps: Tensor, dim: int, kernel_size: Ints, stride: Ints, dilation: Ints) -> list[Tensor]:
+    """What each window sees along rows (`dim` 2) or columns (3): its first pixel, its second ...
+
+    Views of (N, 1, H, W), as many as the kernel is long. For a single channel arithmetic with them
+    is many times faster than pooling on a CPU, and they know any stride and dilation.
+    """
+    size, step, apart = kernel_size[dim - 2], stride[dim - 2], dilation[dim - 2]
+    last = maps.shape[dim] - apart * (size - 1)  # one past the first pixel of the last window
+    found: list[Tensor] = []
+    for i in range(0, apart * size, apart):
+        found.append(
+            maps[:, :, i : i + last : step] if dim == 2 else maps[:, :, :, i : i + last : step]
+        )
+    return found
+
+
+def mean_of(maps: list[Tensor]) -> Tensor:
+    total = maps[0]
+    for other in maps[1:]:
+        total = total + other
+    return total / len(maps)
 
 
 def box_mean_adjoint(
