@@ -64,6 +64,7 @@ MINUTES = {"quick": 1.6, "cpu": 60.0, "cuda": 7.5}
 WARM_UP_STEPS = 3
 SAMPLE_SECONDS = 0.05  # a time is taken over as many steps as fill this
 ROUNDS = (3, 9)  # at least, at most; --quick takes the least
+LAYER_ROUNDS = 3  # times as many for single layers: small differences of large times
 OUT_OF_TIME = "not measured: the time was up; give it more with --minutes, or name one network"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -134,7 +135,10 @@ def build(name: str, line: str) -> nn.Module:
         return freeze(network)
     for path, module in list(network.named_modules()):
         if isinstance(module, KNConv2d):
-            network.set_submodule(path, REPLACEMENTS[line](module))
+            layers = REPLACEMENTS[line](module)
+            if module.relu and line != "published":
+                layers = nn.Sequential(layers, nn.ReLU(inplace=True))
+            network.set_submodule(path, layers)
         elif isinstance(module, KernelNorm2d) and line != "published":
             network.set_submodule(path, nn.Identity())
     return network
@@ -356,7 +360,8 @@ def run(settings: list[Setting], seconds: float, rounds: int) -> tuple[list[Row]
                     # Several times its part, as most need less, and the first ones matter most;
                     # but never so much that what is compiled, which comes last, gets none.
                     share = left * min(0.5, 4 / (len(settings) - number + 1))
-                    rows += worker.measure(setting, left, share, rounds)
+                    times = LAYER_ROUNDS if layer_of(setting.model) else 1
+                    rows += worker.measure(setting, left, share, rounds * times)
                 else:
                     rows += without(setting, OUT_OF_TIME)
                 if not progress.console.is_terminal:

@@ -8,12 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+import kn_zoo
 from kn_zoo.layers import KernelNorm1d, KernelNorm2d, KNConv2d, set_inference_statistics
 from kn_zoo.layers.moments import channel_moments, pixel_moments
 from kn_zoo.layers.reference import ReferenceKNConv2d
@@ -149,6 +151,27 @@ def test_equals_algorithm_1_with_gradients(drawn):
     torch.testing.assert_close(layer.weight.grad, exact_layer.weight.grad, rtol=1e-8, atol=1e-8)
 
 
+@given(convolutions(), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_relu_within_the_layer_is_relu_after_it(drawn, training):
+    layer, x = drawn
+    layer, x = layer.double().train(training), x.double().requires_grad_()
+    within, same_x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    within.relu = True
+    torch.manual_seed(0)
+    y = F.relu(layer(x))
+    torch.manual_seed(0)
+    found = within(same_x)
+    assert torch.equal(found, y)
+    weight = torch.randn_like(y)
+    y.backward(weight)
+    found.backward(weight)
+    for a, b in zip((same_x, *within.parameters()), (x, *layer.parameters()), strict=True):
+        scale = max(1.0, float(b.grad.abs().max()))
+        torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(kn_zoo.freeze(within)(x), F.relu(layer.eval()(x)))
+
+
 @pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_dropout_has_the_moments_of_a_mask(channels, memory_format):
@@ -237,12 +260,14 @@ def test_gradcheck(settings, statistics):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dropout", ["mask", "sums"])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_gradcheck_of_many_channels(dropout, memory_format):
+def test_gradcheck_of_many_channels(dropout, memory_format, relu):
     """Where gaps between dropped elements are drawn, or sums."""
     torch.manual_seed(0)
-    layer = KNConv2d(16, 1, (1, 2), padding=(1, 0, 0, 0), dropout_p=0.2, dropout=dropout).double()
+    layer = KNConv2d(16, 1, (1, 2), padding=(1, 0, 0, 0), dropout_p=0.2, dropout=dropout, relu=relu)
+    layer = layer.double()
     x = torch.randn(2, 16, 1, 2, dtype=torch.float64)
     x = x.to(memory_format=memory_format).requires_grad_()
 
@@ -364,7 +389,10 @@ def test_nan_stays_in_its_sample(drawn):
     y = layer(x)
     assert y[0].isfinite().all()
     assert y[2].isfinite().all()
-    assert y[1].isnan().all()
+    ones = torch.ones(1, 1, *layer.kernel_size)
+    inside = F.pad(torch.ones_like(x[:1, :1]), layer.padding_sides)  # of the image, not of padding
+    seen = F.conv2d(inside, ones, None, layer.stride, 0, layer.dilation)[0, 0] > 0
+    assert y[1][:, seen].isnan().all()
 
 
 @given(convolutions(), st.booleans())
@@ -611,6 +639,12 @@ def test_training_keeps_no_second_copy_of_its_input(memory_format):
     weights = 3 * layer.weight.numel() * 4
     maps = 16 * y[:, :1].numel() * 4
     assert sum(kept.values()) <= x.numel() * 4 + y.numel() * 4 + weights + maps
+    kept.clear()
+    layer.relu = True
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    del kept[y.untyped_storage().data_ptr()]  # which the next layer keeps anyway
+    assert sum(kept.values()) <= x.numel() * 4 + weights + maps
 
 
 def test_fake_tensors():

@@ -24,7 +24,7 @@ class FrozenKNConv2d(nn.Module):
         self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
         self.padding_sides = layer.padding_sides
         self.dropout_p, self.eps = layer.dropout_p, layer.eps
-        self.inference_statistics = layer.inference_statistics
+        self.inference_statistics, self.relu = layer.inference_statistics, layer.relu
 
     def forward(self, x: Tensor) -> Tensor:
         return kn_conv2d(
@@ -39,6 +39,7 @@ class FrozenKNConv2d(nn.Module):
             self.inference_statistics,
             self.eps,
             frozen=True,
+            relu=self.relu,
         )
 
 

@@ -32,6 +32,7 @@ def kn_conv2d(
     eps: float,
     dropout: str = "mask",
     frozen: bool = False,
+    relu: bool = False,
 ) -> Tensor:
     """Functional form of `KNConv2d`; see there.
 
@@ -51,7 +52,7 @@ def kn_conv2d(
     if centred and not frozen:
         weight = centred_filters(weight)
     settings = Settings(
-        stride, padding, dilation, groups, p, dropout, expected_p, eps, careful, centred
+        stride, padding, dilation, groups, p, dropout, expected_p, eps, careful, centred, relu
     )
     if torch.jit.is_scripting():
         out = dense_normalized_conv(x, weight, bias, settings)
@@ -76,7 +77,9 @@ class KNConv2d(nn.Conv2d):
     statistics' expectation over dropout masks), "plain" (no dropout), "sampled" (random, as in
     training and in the authors' code). `dropout` is "mask", or "sums": what a mask leaves of the
     sums over channels is drawn from the normal distribution with the mask's first two moments
-    (of 16 channels or more), which compilers fuse; at inference it changes "sampled" only.
+    (of 16 channels or more), which compilers fuse; at inference it changes "sampled" only. With
+    `relu` the layer returns the ReLU of its output, and training keeps one tensor less than with
+    `nn.ReLU` after it; as with that, the result must not be written over before the backward pass.
 
     Arguments are those of `nn.Conv2d`, with `padding` an int, (height, width) or
     (left, right, top, bottom). Input (N, C, H, W) or (C, H, W); output as `nn.Conv2d`'s, in the
@@ -100,6 +103,7 @@ class KNConv2d(nn.Conv2d):
         eps: float = 1e-5,
         inference_statistics: str = "expected",
         dropout: str = "mask",
+        relu: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,6 +132,7 @@ class KNConv2d(nn.Conv2d):
         self.eps = float(eps)
         self.inference_statistics = inference_statistics
         self.dropout = dropout
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         statistics = "sampled" if self.training else self.inference_statistics
@@ -143,6 +148,7 @@ class KNConv2d(nn.Conv2d):
             statistics,
             self.eps,
             self.dropout,
+            relu=self.relu,
         )
 
     def extra_repr(self) -> str:
@@ -151,5 +157,5 @@ class KNConv2d(nn.Conv2d):
             f"stride={self.stride}, padding={self.padding_sides}, dilation={self.dilation}, "
             f"groups={self.groups}, bias={self.bias is not None}, dropout_p={self.dropout_p}, "
             f"eps={self.eps}, inference_statistics={self.inference_statistics!r}, "
-            f"dropout={self.dropout!r}"
+            f"dropout={self.dropout!r}, relu={self.relu}"
         )

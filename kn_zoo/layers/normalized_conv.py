@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     eps: float
     careful: bool  # about images whose |mean| is far above their std
     centred: bool  # the filters are, so that mu * gain is 0
+    relu: bool  # follows, as part of the operation
 
 
 def dense_normalized_conv(
@@ -82,7 +83,7 @@ def dense_normalized_conv(
     out = numerator * computed_once(rstd)
     if bias is not None:
         out = out + _per_channel(bias)
-    return out.to(dtype)
+    return F.relu(out.to(dtype)) if settings.relu else out.to(dtype)
 
 
 def runs_one_by_one(x: Tensor) -> bool:
@@ -129,8 +130,10 @@ class _NormalizedConv(torch.autograd.Function):
         if not settings.centred:
             offset = mu + (pivot if ctx.shift is None else pivot - ctx.shift)
             gain = _gain(weight)
-        out = torch.empty_like(numerator) if keeps else numerator
-        _scale(numerator, rstd, offset, gain, bias, out)
+        # A result after ReLU tells the numerator wherever a gradient flows, and the next layer
+        # keeps it anyway. Else the numerator is kept, as the result may be written over.
+        out = torch.empty_like(numerator) if keeps and not settings.relu else numerator
+        _scale(numerator, rstd, offset, gain, bias, out, settings.relu)
         if keeps:
             sums = sums if len(sums) == 4 else ()
             ctx.save_for_backward(x, weight, bias, gain, numerator, *maps, *sums)
@@ -144,7 +147,7 @@ class _NormalizedConv(torch.autograd.Function):
             return *_differentiable_gradients(ctx, grad, x, weight, bias), None, None
         _, pivot, mu, _, rstd, *_ = maps
         scaled, grad_mu, grad_rstd, totals = _scale_backward(
-            grad, numerator, gain, mu + pivot, rstd
+            grad, numerator, gain, bias, mu + pivot, rstd, ctx.settings.relu
         )
         image, filters, arguments = _convolved(ctx, x, weight)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -223,31 +226,40 @@ def _scale(
     gain: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
+    relu: bool,
 ) -> None:
-    """numerator -= offset * gain; out = numerator * rstd + bias. `out` may be `numerator`."""
+    """numerator -= offset * gain; out = numerator * rstd + bias, its ReLU if `relu`.
+
+    `out` may be `numerator`.
+    """
     maps = [layout_of(numerator, m) for m in (rstd, rstd if offset is None else offset)]
     for kept, target, scale, lost in in_parts(numerator, out, *maps):
         here = _computable(kept)
         if offset is not None and gain is not None:
             here.addcmul_(_per_channel(gain), lost, value=-1.0)
-            if here is not kept:
+            if here is not kept and out is not numerator:
                 kept.copy_(here)
         if bias is None:
             torch.mul(here, scale, out=target)
         else:
             torch.addcmul(_per_channel(bias), here, scale, out=target)
+        if relu:
+            target.clamp_min_(0.0)
 
 
 def _scale_backward(
     grad: Tensor,
     numerator: Tensor,
     gain: Tensor | None,
+    bias: Tensor | None,
     offset: Tensor,
     rstd: Tensor,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for numerator, mu and 1 / std, and for [bias, gain], (2, O) or without gain (1, O).
 
-    All from one walk over `grad` and `numerator`, a few images at a time.
+    All from one walk over `grad` and `numerator`, a few images at a time. With `relu`, `numerator`
+    is the result instead: where that is above 0, it is numerator * rstd + bias.
     """
     ones = torch.ones_like(rstd)
     rows = ones if gain is None else torch.cat([ones, -rstd * offset], 1)  # (N, 2, H', W')
@@ -256,10 +268,16 @@ def _scale_backward(
     grad_mu, grad_rstd = torch.zeros_like(rstd), torch.empty_like(rstd)
     parts = in_parts(numerator, grad, scaled, layout_of(numerator, rstd), rows, grad_mu, grad_rstd)
     for kept, flowing, target, scale, row, to_mu, to_rstd in parts:
-        here = _computable(flowing)
+        here, kept = _computable(flowing), _computable(kept)
+        if relu:
+            here = torch.ops.aten.threshold_backward(here, kept, 0.0)
         pixels = here.flatten(2)  # (n, O, H'*W')
         room = target if target.dtype == here.dtype else None  # it is written only below
         torch.sum(torch.mul(here, kept, out=room), 1, keepdim=True, out=to_rstd)
+        if relu:
+            if bias is not None:
+                to_rstd -= torch.matmul(bias.to(here.dtype), pixels).view_as(scale)
+            to_rstd /= scale
         totals += torch.matmul(row.flatten(2).to(here.dtype), pixels.mT).sum(0)
         torch.mul(here, scale, out=target)
         if gain is not None:
@@ -314,6 +332,8 @@ def _differentiable_gradients(ctx, grad, x, weight, bias) -> list[Tensor | None]
     out = numerator * rstd
     if bias is not None:
         out = out + _per_channel(bias)
+    if s.relu:
+        out = F.relu(out)
     inputs = [x, weight, bias]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(out.to(grad.dtype), wanted, grad, create_graph=True))

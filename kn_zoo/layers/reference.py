@@ -25,4 +25,5 @@ class ReferenceKNConv2d(KNConv2d):
         maps = (conv.shape[0], 1, *conv.shape[2:])
         weight_sum = self.weight.sum((1, 2, 3)).view(1, -1, 1, 1)
         out = (conv - mu.view(maps) * weight_sum) / torch.sqrt(var.view(maps) + self.eps)
-        return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
+        out = out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
+        return F.relu(out) if self.relu else out

@@ -67,45 +67,62 @@ def unit_moments(
     if max(padding) > 0:
         outside = F.pad(torch.zeros_like(deviation[:1]), padding, value=1.0)
         deviation, var = F.pad(deviation, padding) - pivot * outside, F.pad(var, padding)
-    for dim in (2, 3):  # the variance of the parts' means, added to the mean of their variances
-        here = taps(deviation, dim, kernel_size, stride, dilation)
-        mu = mean_of(here)
-        spread = mean_of([(tap - mu).square() for tap in here])
-        deviation, var = mu, mean_of(taps(var, dim, kernel_size, stride, dilation)) + spread
-    return deviation, var.clamp_min(0.0)
-
-
-def box_mean(maps: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints) -> Tensor:
-    """Mean over each window of a one-channel map: (N, 1, H, W) -> (N, 1, H', W').
-
-    First over rows, then over columns.
-    """
     for dim in (2, 3):
-        maps = mean_of(taps(maps, dim, kernel_size, stride, dilation))
-    return maps
+        size, step, apart = kernel_size[dim - 2], stride[dim - 2], dilation[dim - 2]
+        deviation, var = _run_moments(deviation, var, dim, size, step, apart)
+    return deviation, var.clamp_min(0.0)  # drawn sums may leave less than nothing
 
 
-def taps(maps: Tensor, dim: int, kernel_size: Ints, stride: Ints, dilation: Ints) -> list[Tensor]:
-    """What each window sees along rows (`dim` 2) or columns (3): its first pixel, its second ...
+def _run_moments(
+    mean: Tensor, var: Tensor, dim: int, size: int, step: int, apart: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of `size` pixels, `apart` from each other, from every `step`-th on.
 
-    Views of (N, 1, H, W), as many as the kernel is long. For a single channel arithmetic with them
-    is many times faster than pooling on a CPU, and they know any stride and dilation.
+    `mean`, `var`: of the pixels. Runs of 1, 2, 4 ... pixels are made by merging two of half their
+    length, and those that `size` is the sum of are merged: at most 2 log2(size) times.
     """
-    size, step, apart = kernel_size[dim - 2], stride[dim - 2], dilation[dim - 2]
-    last = maps.shape[dim] - apart * (size - 1)  # one past the first pixel of the last window
-    found: list[Tensor] = []
-    for i in range(0, apart * size, apart):
-        found.append(
-            maps[:, :, i : i + last : step] if dim == 2 else maps[:, :, :, i : i + last : step]
-        )
-    return found
+    count = (mean.shape[dim] - apart * (size - 1) - 1) // step + 1
+    done, length = 0, 1
+    found_mean, found_var = mean, var
+    while done < size:
+        if length > 1:
+            half = length // 2 * apart
+            rest = mean.shape[dim] - half
+            mean, var = _merged(
+                mean.narrow(dim, 0, rest),
+                var.narrow(dim, 0, rest),
+                mean.narrow(dim, half, rest),
+                var.narrow(dim, half, rest),
+                0.5,
+            )
+        if size & length:
+            next_mean = _each(mean, dim, done * apart, count, step)
+            next_var = _each(var, dim, done * apart, count, step)
+            if done > 0:
+                share = length / (done + length)
+                next_mean, next_var = _merged(found_mean, found_var, next_mean, next_var, share)
+            found_mean, found_var = next_mean, next_var
+            done += length
+        length *= 2
+    return found_mean, found_var
 
 
-def mean_of(maps: list[Tensor]) -> Tensor:
-    total = maps[0]
-    for other in maps[1:]:
-        total = total + other
-    return total / len(maps)
+def _each(maps: Tensor, dim: int, first: int, count: int, step: int) -> Tensor:
+    """`count` rows (`dim` 2) or columns (3), from `first` on, `step` apart."""
+    last = first + step * (count - 1) + 1
+    return maps[:, :, first:last:step] if dim == 2 else maps[:, :, :, first:last:step]
+
+
+def _merged(
+    mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of two sets together, `share` of whose numbers are the other's."""
+    apart = other_mean - mean
+    between = share * (1.0 - share)
+    return (
+        torch.add(mean, apart, alpha=share),
+        torch.lerp(var, other_var, share).addcmul(apart, apart, value=between),
+    )
 
 
 def box_mean_adjoint(

@@ -9,6 +9,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from kn_zoo.layers import KNConv2d
+
 ActLayer = str | type[nn.Module]
 Features = list[dict[str, Any]]
 
@@ -33,6 +35,14 @@ def activation(act_layer: ActLayer) -> type[nn.Module]:
         raise ValueError(
             f"unknown act_layer {act_layer!r}: use a name such as 'relu' or 'mish'"
         ) from None
+
+
+def fused(conv: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A convolution and the activation of its output: a KNConv2d takes a ReLU upon itself."""
+    if isinstance(conv, KNConv2d) and type(act) is nn.ReLU:
+        conv.relu = True
+        return conv, nn.Identity()
+    return conv, act
 
 
 def init_weights(module: nn.Module) -> None:

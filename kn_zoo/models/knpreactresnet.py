@@ -23,6 +23,7 @@ from ._base import (
     StagedNetwork,
     activation,
     classifier_head,
+    fused,
     init_weights,
     resnet_stem,
     scales,
@@ -73,10 +74,8 @@ class PreActBasic(nn.Module):
     ) -> None:
         super().__init__()
         self.pre1 = pre(in_chs)
-        self.conv1 = conv(
-            in_chs, width, 3, stride=stride, padding=dilation[0], dilation=dilation[0]
-        )
-        self.pre2 = pre(width)
+        conv1 = conv(in_chs, width, 3, stride=stride, padding=dilation[0], dilation=dilation[0])
+        self.conv1, self.pre2 = fused(conv1, pre(width))
         self.conv2 = conv(width, width, 3, padding=dilation[1], dilation=dilation[1])
         self.shortcut = None
         if stride != 1 or in_chs != width:
@@ -109,10 +108,9 @@ class PreActBottleneck(nn.Module):
         super().__init__()
         out_chs = width * self.expansion
         self.pre1 = pre(in_chs)
-        self.conv1 = conv(in_chs, width, 1)
-        self.pre2 = pre(width)
-        self.conv2 = conv(width, width, 3, stride=stride, padding=dilation[0], dilation=dilation[0])
-        self.pre3 = pre(width)
+        self.conv1, self.pre2 = fused(conv(in_chs, width, 1), pre(width))
+        conv2 = conv(width, width, 3, stride=stride, padding=dilation[0], dilation=dilation[0])
+        self.conv2, self.pre3 = fused(conv2, pre(width))
         self.conv3 = conv(width, out_chs, 1)
         self.shortcut = None
         if stride != 1 or in_chs != out_chs:

@@ -24,6 +24,7 @@ from ._base import (
     StagedNetwork,
     activation,
     classifier_head,
+    fused,
     init_weights,
     max_pool,
     resnet_stem,
@@ -44,8 +45,8 @@ class KNBasic(nn.Module):
     def __init__(self, chs: int, inner: int, dilation: int, conv: Conv, act: Act, drop: float):
         super().__init__()
         self.act1 = act()
-        self.conv1 = conv(chs, inner, 2, padding=dilation, dilation=dilation)
-        self.act2 = act()
+        conv1 = conv(chs, inner, 2, padding=dilation, dilation=dilation)
+        self.conv1, self.act2 = fused(conv1, act())
         self.conv2 = conv(inner, chs, 2, dilation=dilation)
         self.drop_path = DropPath(drop) if drop else nn.Identity()
 
@@ -74,10 +75,9 @@ class KNBottleneck(nn.Module):
         super().__init__()
         d = dilation
         self.act1 = act()
-        self.conv1 = conv(chs, inner, kernel_size, padding=d * (kernel_size - 1), dilation=d)
-        self.act2 = act()
-        self.conv2 = conv(inner, inner, 3, padding=d, dilation=d)
-        self.act3 = act()
+        conv1 = conv(chs, inner, kernel_size, padding=d * (kernel_size - 1), dilation=d)
+        self.conv1, self.act2 = fused(conv1, act())
+        self.conv2, self.act3 = fused(conv(inner, inner, 3, padding=d, dilation=d), act())
         self.conv3 = conv(inner, chs, kernel_size, dilation=d)
         self.drop_path = DropPath(drop) if drop else nn.Identity()
 

@@ -21,6 +21,7 @@ from ._base import (
     Stage,
     StagedNetwork,
     activation,
+    fused,
     init_weights,
     max_pool,
     scales,
@@ -46,7 +47,8 @@ def conv_act(
     convolution = conv(in_chs, out_chs, 3, padding=dilation, dilation=dilation)
     if preact:
         return OrderedDict(act=act(), conv=convolution)
-    return OrderedDict(conv=convolution, act=act())
+    convolution, after = fused(convolution, act())
+    return OrderedDict(conv=convolution, act=after)
 
 
 class Residual(nn.Module):
@@ -134,11 +136,12 @@ class KNResNetSmall(StagedNetwork):
         unit: Unit = partial(conv_act, preact, conv, act)
 
         chs = STEM_CHANNELS
-        stem: OrderedDict[str, nn.Module] = OrderedDict(conv=conv(in_chans, chs, 3, padding=1))
+        stem = unit(in_chans, chs, 1)
         feature_info: Features = []
         plan = scales(1, len(widths) + (not preact), output_stride)
-        if not preact:
-            stem["act"] = act()
+        if preact:
+            del stem["act"]  # images come unactivated
+        else:
             feature_info = [dict(num_chs=chs, reduction=1, module="stem")]
             plan = plan[1:]
         stages = []
