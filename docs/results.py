@@ -218,10 +218,10 @@ def small_batch_section(rows: Sequence[Row], environment: Mapping[str, str]) -> 
     names = [NORMS[norm] for norm in norms]
     return [
         *parts,
-        "PreActResNet-8 (one block a stage) on 9,000 training images of CIFAR-100, "
+        "PreActResNet-8 (one block a stage) on 8,998 training images of CIFAR-100, "
         f"{epochs} epochs at every batch size, seeds {' and '.join(seeds)}; top-1 in percent on "
         "the 10,000 test images, mean (SD over the seeds). Each rate is the best of a search by "
-        "halving, in fewer epochs, on 1,000 held-out images (`results/small_batch_rates.csv`).",
+        "halving, in fewer epochs, on 1,002 held-out images (`results/small_batch_rates.csv`).",
         table("|".join(["batch", *names, f"rates: {' / '.join(names)}"]), cells),
         image("small_batch", "top-1 by batch size"),
         f"Best at each batch size: {told}; from batch {sizes[-1]} to batch {sizes[0]} top-1 "

@@ -213,6 +213,8 @@ def masked_moments(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
     for (here,), dropped in zip(in_parts(x), _dropped_in_parts(x, p, seed), strict=True):
         here = wide(here)
         found.append(_moments(here) if dropped is None else _moments_without(here, dropped, p))
+    if len(found) == 1:
+        return found[0]
     mean, var = zip(*found, strict=True)
     return torch.cat(mean), torch.cat(var)
 
@@ -221,14 +223,14 @@ def add_moments_gradient_(
     grad: Tensor, x: Tensor, grad_mean: Tensor, grad_var: Tensor, mean: Tensor, p: float, seed: int
 ) -> None:
     """Add what flows back through `masked_moments` to `grad`, of shape, type and strides of x."""
+    factor = 1.0 / (1.0 - p)  # of what is kept
     slope = grad_var * (2.0 / x.shape[1])
-    constant = grad_mean / x.shape[1] - slope * mean
+    constant = torch.addcmul(grad_mean, grad_var, mean, value=-2.0) / x.shape[1]
     if p > 0.0 and not _draws_gaps(x):
-        factor = factors(x, p, seed)
-        grad += factor * (constant + slope * factor * x)
+        drawn = factors(x, p, seed)
+        grad += drawn * (constant + slope * drawn * x)
         return
-    constant = layout_of(x, constant / (1.0 - p))
-    slope = layout_of(x, slope / (1.0 - p) ** 2)
+    constant, slope = layout_of(x, constant * factor), layout_of(x, slope * factor**2)
     parts = in_parts(x, grad, slope, constant)
     for tensors, dropped in zip(parts, _dropped_in_parts(x, p, seed), strict=True):
         given, target, steep, flat = tensors
@@ -286,11 +288,12 @@ def layout_of(x: Tensor, maps: Tensor) -> Tensor:
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     first, second = _channel_sums(x)
     mean = first / x.shape[1]
-    var = (second / x.shape[1] - mean * mean).clamp_min_(0.0)
-    if x.dtype == torch.float32 and bool((mean * mean > ILL_CONDITIONED * var).any()):
+    square = mean * mean
+    var = (second / x.shape[1] - square).clamp_min_(0.0)
+    if x.dtype == torch.float32 and bool((ill := square > ILL_CONDITIONED * var).any()):
         # Pixel by pixel, so that an image's result does not depend on its neighbours in the batch.
         exact = (x - mean).square_().mean(1, keepdim=True)  # many times faster than torch.var
-        var = torch.where(mean * mean > ILL_CONDITIONED * var, exact, var)
+        var = torch.where(ill, exact, var)
     return mean, var
 
 

@@ -204,8 +204,10 @@ def _shift_if_needed(pivot: Tensor, mu: Tensor, var: Tensor) -> Tensor | None:
     """
     if pivot.device.type != "cpu":
         return pivot
-    ill = ((mu + pivot).square() > ILL_CONDITIONED * var).flatten(1).any(1)
-    return torch.where(ill.view(-1, 1, 1, 1), pivot, 0.0) if bool(ill.any()) else None
+    ill = (mu + pivot).square() > ILL_CONDITIONED * var
+    if not bool(ill.any()):
+        return None
+    return torch.where(ill.flatten(1).any(1).view(-1, 1, 1, 1), pivot, 0.0)
 
 
 def _convolved(ctx, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple]:

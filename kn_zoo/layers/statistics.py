@@ -166,7 +166,7 @@ def unit_statistics_backward(
         grad_mu = grad_mu + slope * grad_var * (mu + pivot)
         grad_var = grad_var * ((1.0 - expected_p / n) / (1.0 - expected_p))
     grad_var = grad_var * (var > 0.0)  # a variance that was clamped is a constant
-    grad_mu = grad_mu - 2.0 * mu * grad_var
+    grad_mu = torch.addcmul(grad_mu, mu, grad_var, value=-2.0)
     height, width = deviation.shape[2], deviation.shape[3]
     left, right, top, bottom = padding
     size = [height + top + bottom, width + left + right]
@@ -174,7 +174,7 @@ def unit_statistics_backward(
     both = torch.cat([grad_mu, grad_var], 1)  # (N, 2, H', W')
     both = box_mean_adjoint(both, size, kernel_size, stride, dilation)[inner]
     grad_mean, grad_square = both[:, :1], both[:, 1:]
-    return grad_mean + 2.0 * deviation * grad_square, grad_square
+    return torch.addcmul(grad_mean, deviation, grad_square, value=2.0), grad_square
 
 
 def expected_variance(mu: Tensor, var: Tensor, p: float, n: int) -> Tensor:
@@ -182,5 +182,5 @@ def expected_variance(mu: Tensor, var: Tensor, p: float, n: int) -> Tensor:
 
     `mu`, `var`: the units' plain mean and variance. Nothing cancels in this form.
     """
-    square = mu * mu
-    return (var + p * (square - (var + square) / n)).clamp_min(0.0) / (1.0 - p)
+    kept = 1.0 - p
+    return torch.add(var * ((1.0 - p / n) / kept), mu * mu, alpha=p * (1.0 - 1.0 / n) / kept)
