@@ -120,7 +120,10 @@ class Results:
         names = dict.fromkeys(row.setting.model for row in rows)
         self.networks = [name for name in names if not layer_of(name)]
         self.layers = [layer for layer in map(layer_of, names) if layer]
-        self.dtypes = list(dict.fromkeys(row.setting.dtype for row in rows))  # the goals' first
+        formats = list(dict.fromkeys(row.setting.dtype for row in rows))
+        measured = {row.setting.dtype for row in rows if row.samples_ms}
+        # that of the goals first, then those of which there is something to show
+        self.dtypes = [dtype for dtype in formats if dtype == formats[0] or dtype in measured]
         self.cuda = any(row.setting.device.startswith("cuda") for row in rows)
 
     def time(self, key: Key, line: str) -> Spread | None:
@@ -357,17 +360,20 @@ def spread_grid(results: Results) -> Grid:
 
 def missing(results: Results) -> list[str]:
     """Why some lines have no number, one reason an item, with the settings it concerns."""
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, dict[Setting, list[str]]] = {}
     for row in results.rows:
         if row.reason:
-            found.setdefault(row.reason, {}).setdefault(str(row.setting), []).append(row.line)
+            found.setdefault(row.reason, {}).setdefault(row.setting, []).append(row.line)
     return [
-        f"{why}: "
-        + "; ".join(
-            f"{name} ({', '.join(LINES[line] for line in lines)})" for name, lines in of.items()
-        )
+        f"{why}: " + "; ".join(_lacking(setting, lines) for setting, lines in of.items())
         for why, of in found.items()
     ]
+
+
+def _lacking(setting: Setting, lines: list[str]) -> str:
+    if lines == setting.lines:
+        return f"{setting} (all)"
+    return f"{setting} ({', '.join(LINES[line] for line in lines)})"
 
 
 def markdown(grid: Grid) -> str:

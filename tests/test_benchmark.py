@@ -125,7 +125,7 @@ def test_training_holds_hardly_more_than_with_batch_norm() -> None:
     """The goals on memory, which do not depend on the machine."""
     at = setting("knresnet18_cifar", pixels=32)
     held = {line: Contender(at, line).held_for_backward() for line in ("ours", "batch")}
-    assert held["ours"] <= 1.05 * held["batch"]
+    assert held["ours"] <= 0.8 * held["batch"], "the numerator before a ReLU is not kept"
     assert held["ours"] <= 0.55 * Contender(at, "published").held_for_backward()
 
 

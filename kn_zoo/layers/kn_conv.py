@@ -38,7 +38,7 @@ def kn_conv2d(
 
     `padding`: left, right, top, bottom. `statistics`: "expected", "plain" or "sampled"; `dropout`:
     "mask" or "sums". `frozen`: with one group, the mean of every filter has been taken off `weight`
-    already, and no image is shifted.
+    already, and no image is shifted. `relu`: the result is the ReLU of that.
     """
     unbatched = x.dim() == 3
     if unbatched:

@@ -2,9 +2,10 @@
 
 `dense_normalized_conv` is plain differentiable operations, for compilers, transforms and exporters.
 `normalized_conv` is one autograd operation, for when operations run one by one. Then every pass
-over a tensor counts, and every tensor kept: forward keeps x, the convolution's result and a few
-maps of one channel; backward adds the statistics' gradient to the convolution's in place. On a CPU
-the passes go through a few images at a time, which stay in its cache from one pass to the next.
+over a tensor counts, and every tensor kept: forward keeps x, a few maps of one channel and, unless
+a ReLU is part of it, the convolution's result; backward adds the statistics' gradient to the
+convolution's in place. On a CPU the passes go through a few images at a time, which stay in its
+cache from one pass to the next.
 """
 
 from typing import Any, NamedTuple

@@ -7,11 +7,16 @@ follow from one-channel maps, so no window is ever unfolded:
     mu    = box(m)                                                   box: mean over a window
     var   = box(v) + variance of m over the window
 
-The last variance is never taken as a difference of squares, which cancels where a window is dark
-and even and its image is not: along columns and then along rows, the variance of the whole is the
-mean of the parts' variances plus the variance of their means. Means are relative to a pivot, each
-image's own mean, as |mean| may be far above the std of all its windows. Zero
-padding belongs to the unit: out there m = v = 0. The variance is biased (divided by n).
+Both follow, along columns and then along rows, from merging two runs of pixels, of which the second
+has the share s of the numbers:
+
+    mean = (1 - s) * mean1 + s * mean2
+    var  = (1 - s) * var1 + s * var2 + s * (1 - s) * (mean2 - mean1)^2
+
+That is no difference of squares, which would cancel where a window is dark and even and its image
+is not. Means are relative to a pivot, each image's own mean, as |mean| may be far above the std of
+all its windows. Zero padding belongs to the unit: out there m = v = 0. The variance is biased
+(divided by n).
 
 Under dropout with probability p the statistics are those of x * keep / (1 - p). For inference
 their expectation over the mask is `expected_variance`; the expected mean is the plain one.
