@@ -5,7 +5,8 @@
     python eval/benchmark.py --quick                two minutes on two cores
     python eval/benchmark.py --render               results/*.csv into the tables of the documents
 
-Every KNConv2d of the network is replaced in place; the rest, activations included, is the same:
+Every KNConv2d of the network is replaced; the rest, activations included, is the same, and a ReLU
+that a KNConv2d takes upon itself follows what replaces it, in place:
 
     floor      bare convolutions, the final KernelNorm taken out
     ours       kn_zoo's layer              frozen     kn_zoo.freeze of it, for inference

@@ -133,9 +133,9 @@ def _merged(
 def box_mean_adjoint(
     grad: Tensor, size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints
 ) -> Tensor:
-    """What flows back through `box_mean` of maps of `size` (H, W): (N, M, H', W') -> (N, M, H, W).
+    """What flows back through the mean over each window of maps of `size` (H, W).
 
-    Every pixel gets from each window it belongs to.
+    (N, M, H', W') -> (N, M, H, W): every pixel gets from each window it belongs to.
     """
     for dim in (3, 2):
         spread = grad.new_zeros([*grad.shape[:dim], size[dim - 2], *grad.shape[dim + 1 :]])
