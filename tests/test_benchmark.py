@@ -260,6 +260,18 @@ def test_the_sweep_tells_whether_the_overhead_grows_with_the_kernel() -> None:
     assert report.swept(sweep([1.0] * 3), "kernel") == [(1, 64), (3, 64), (7, 64)]
 
 
+def test_a_format_of_which_nothing_was_measured_has_a_reason_and_no_tables() -> None:
+    measured = some_results()
+    at = setting("knresnet8_cifar", dtype="bfloat16")
+    rows = benchmark.without(at, benchmark.OUT_OF_TIME)
+    results = report.Results({}, [*measured.rows, *rows])
+    assert results.dtypes == ["float32"]
+    assert f"{benchmark.OUT_OF_TIME}: {at} (all)" in report.missing(results)
+    rows[0].samples_ms.append(1.0)
+    assert report.Results({}, [*measured.rows, *rows]).dtypes == ["float32", "bfloat16"]
+    assert report.Results({}, rows[1:]).dtypes == ["bfloat16"], "the goals' own is always shown"
+
+
 def test_the_csv_gives_the_results_back(tmp_path: Path) -> None:
     results = some_results()
     path = tmp_path / "benchmark_cpu.csv"
