@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from images import Place, load_training, training_transform
@@ -235,13 +235,15 @@ class DeviceBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         size = self.recipe.batch_size
         index = order(self.recipe, len(self.targets), number)
+        side = self.recipe.resolution(number + 1)
         for step in range(start, len(self)):
             draw = np.random.default_rng([self.recipe.seed, number, step])
             top, left = draw.integers(0, 2 * self.padding + 1, (2, size))
             flip = draw.random(size) < self.flip_p
             mine = self.share.of(size)
             chosen = index[step * size :][mine]
-            yield self.gather(chosen, top[mine], left[mine], flip[mine])
+            pixels, targets = self.gather(chosen, top[mine], left[mine], flip[mine])
+            yield resize(pixels, side), targets
 
     def gather(
         self, index: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray
@@ -252,6 +254,13 @@ class DeviceBatches:
         i, r, c = (torch.from_numpy(a).to(self.device) for a in (index, rows, columns))
         crops = self.images[i[:, None, None], r[:, :, None], c[:, None, :]]  # (B, H, W, C)
         return ((crops - self.mean) / self.std).permute(0, 3, 1, 2), self.targets[i]
+
+
+def resize(pixels: Tensor, side: int) -> Tensor:
+    """Images (N, C, H, W) to `side` pixels, bilinear with antialiasing; the shape of others."""
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    return interpolate(pixels, (side, side), mode="bilinear", antialias=True)
 
 
 def crop_and_flip(recipe: Recipe, size: Sequence[int]) -> tuple[int, float]:

@@ -37,6 +37,7 @@ class Recipe:
     erasing: dict[str, Any] | None = None  # arguments of torchvision's RandomErasing
     mixup: dict[str, Any] | None = None  # arguments of timm's Mixup
     repeated_augmentation: int = 1  # times that an image that is drawn comes, differently augmented
+    resolutions: dict[int, int] = field(default_factory=dict)  # first epoch (from 1): image side
     label_smoothing: float = 0.0
     accumulation: int = 1  # parts that a batch goes through the network in
     mixed_precision: str = "no"  # or bf16; evaluation is in float32
@@ -75,6 +76,11 @@ class Recipe:
     @property
     def architecture(self) -> str:
         return self.name.partition(".")[0]
+
+    def resolution(self, epoch: int) -> int:
+        """Side of the training images, in pixels, in an epoch (from 1)."""
+        begun = [side for first, side in sorted(self.resolutions.items()) if first <= epoch]
+        return begun[-1] if begun else self.preprocessing["input_size"][-1]
 
     @property
     def norm(self) -> str:

@@ -149,7 +149,10 @@ class Trainer:
         self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.evaluated = self.network if self.ema is None else self.ema.module
         torch.compiler.reset()  # of what another seed's run left behind
-        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        # Each resolution is compiled for itself: a graph for any size is slower.
+        dynamic = False if recipe.resolutions else None
+        compiled = recipe.compile and torch.compile(self.model, dynamic=dynamic)
+        self.forward = compiled or self.model
         self.by_epoch = recipe.scheduler.get("step_on_epochs", False)
         with settings("scheduler"):
             self.scheduler, _ = create_scheduler_v2(
