@@ -151,8 +151,9 @@ class Trainer:
         torch.compiler.reset()  # of what another seed's run left behind
         # Each resolution is compiled for itself: a graph for any size is slower.
         dynamic = False if recipe.resolutions else None
-        compiled = recipe.compile and torch.compile(self.model, dynamic=dynamic)
-        self.forward = compiled or self.model
+        self.forward = self.model
+        if recipe.compile:
+            self.forward = torch.compile(self.model, dynamic=dynamic)
         self.by_epoch = recipe.scheduler.get("step_on_epochs", False)
         with settings("scheduler"):
             self.scheduler, _ = create_scheduler_v2(
