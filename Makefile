@@ -32,7 +32,7 @@ test: $(VENV)/.dev  ## the project's tests
 	$(BIN)/python -m pytest
 
 test-timm: $(VENV)/.dev  ## timm's own model tests, of the installed timm, on every model of ours
-	$(BIN)/python tests/timm_suite.py
+	$(BIN)/python tests/models/timm_suite.py
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -47,5 +47,5 @@ benchmark: $(VENV)/.dev  ## measure the cost of normalization here (on a GPU: wi
 	$(BIN)/python eval/benchmark.py
 
 docs: $(VENV)/.dev  ## write anew what is generated: README tables, model cards
-	$(BIN)/python -m kn_zoo.bundle
+	$(BIN)/python -m kn_zoo.checkpoints.bundle
 	$(BIN)/python docs/render.py

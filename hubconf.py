@@ -10,7 +10,7 @@ import timm as _timm
 import torch as _torch
 
 import kn_zoo as _kn_zoo
-from kn_zoo import manifest as _manifest
+from kn_zoo.checkpoints import manifest as _manifest
 
 dependencies = ["torch", "timm", "safetensors", "huggingface_hub"]
 

@@ -7,9 +7,9 @@ With --check nothing is written; the exit status is 1 if a text would be.
 import sys
 from pathlib import Path
 
-import results
-from kn_zoo import manifest
-from kn_zoo.manifest import Weight
+from kn_zoo.checkpoints import manifest
+from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.evaluation import results
 
 README = Path(__file__).parents[1] / "README.md"
 STATISTICS = ("expected", "plain", "sampled")
@@ -23,7 +23,7 @@ def weights_table() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def where(weight: Weight) -> str:
+def where(weight: Checkpoint) -> str:
     """Where a weight's file comes from."""
     if weight.bundle and weight.file:
         return "in the package"
@@ -50,7 +50,7 @@ def published() -> str:
     )
 
 
-def weight_row(weight: Weight) -> list[str]:
+def weight_row(weight: Checkpoint) -> list[str]:
     accuracies = weight.reported.statistics
     top1 = [f"{accuracies[name].top1:.2f}" if name in accuracies else "" for name in STATISTICS]
     return [

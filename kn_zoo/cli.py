@@ -25,8 +25,9 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 import kn_zoo
-from kn_zoo import bundle, directory, evaluate, manifest, upstream, weights
-from kn_zoo.manifest import Weight
+from kn_zoo.checkpoints import bundle, loading, manifest, offline, upstream
+from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.evaluation import predict as evaluate
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 to 60 million; decoded to RGB this is 300 MB
 MAX_ELONGATION = 50  # with a short side of 256 the long side stays below 12,800 pixels
@@ -101,9 +102,9 @@ def list_models(
     return 0
 
 
-def everything() -> dict[str, Weight | None]:
+def everything() -> dict[str, Checkpoint | None]:
     """All weights of the manifest, and the architectures that have none, by name."""
-    found: dict[str, Weight | None] = dict(manifest.load())
+    found: dict[str, Checkpoint | None] = dict(manifest.load())
     trained = {weight.architecture for weight in manifest.load().values()}
     for name in timm.list_models():
         ours = timm.models.model_entrypoint(name).__module__.startswith(f"{kn_zoo.__name__}.")
@@ -112,7 +113,7 @@ def everything() -> dict[str, Weight | None]:
     return dict(sorted(found.items()))
 
 
-def columns(weight: Weight) -> list[str]:
+def columns(weight: Checkpoint) -> list[str]:
     # Published numbers may have been measured under other statistics than the default ones.
     reported = weight.reported.statistics
     name = "expected" if "expected" in reported else next(iter(reported))
@@ -128,7 +129,7 @@ def columns(weight: Weight) -> list[str]:
     ]
 
 
-def origin(weight: Weight) -> str:
+def origin(weight: Checkpoint) -> str:
     """Where the weights file comes from."""
     if weight.file and weight.bundle:
         return "in the package"
@@ -162,7 +163,7 @@ def info(name: Annotated[str, typer.Argument(help="architecture or architecture.
     return 0
 
 
-def found_weight(name: str, among: Iterable[str] = ()) -> Weight:
+def found_weight(name: str, among: Iterable[str] = ()) -> Checkpoint:
     try:
         return manifest.find(name)
     except LookupError as error:
@@ -186,7 +187,7 @@ def describe_architecture(name: str) -> dict[str, str]:
     }
 
 
-def describe_weight(weight: Weight) -> dict[str, str]:
+def describe_weight(weight: Checkpoint) -> dict[str, str]:
     steps, of = weight.preprocessing, weight.dataset
     facts = {
         "weight": weight.name,
@@ -234,7 +235,7 @@ def download(
         chosen = [weight for weight in manifest.load().values() if weight.file and weight.available]
     with told():
         for weight in track(chosen, "weights", console=Console(stderr=True)):
-            directory.add([weight], Path(place))
+            offline.add([weight], Path(place))
     print(f"{place}: {', '.join(weight.name for weight in chosen)}")
     return 0
 
@@ -245,7 +246,7 @@ def verify(
 ) -> int:
     """Check every file of a directory of weights: SHA256SUMS, and the manifest for the tensors."""
     with told():
-        wrong = directory.problems(place)
+        wrong = offline.problems(place)
     for line in wrong:
         print(one_line(line))
     print(f"{place}: {f'{len(wrong)} problems' if wrong else 'all is as it should be'}")
@@ -292,7 +293,7 @@ def told() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(one_line(message), file=sys.stderr)
             yield
-    except (weights.WeightsError, manifest.ManifestError, OSError, ValueError) as error:
+    except (loading.WeightsError, manifest.ManifestError, OSError, ValueError) as error:
         raise UsageError(str(error)) from None
 
 
@@ -341,18 +342,18 @@ def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:
         weight = found_weight(name) if name else default_weight()
         model = timm.create_model(weight.name, pretrained=True).eval()
         return model, class_names(weight)
-    except (weights.WeightsError, OSError, RuntimeError, ValueError) as error:
+    except (loading.WeightsError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from None
 
 
-def class_names(weight: Weight) -> Sequence[str]:
+def class_names(weight: Checkpoint) -> Sequence[str]:
     if weight.upstream and not weight.hub:  # imported: there is no bundle that could tell
         info = ImageNetInfo()
         return [info.index_to_description(i) for i in range(weight.dataset.num_classes)]
     return bundle.get(weight).class_names
 
 
-def default_weight() -> Weight:
+def default_weight() -> Checkpoint:
     embedded = [weight for weight in manifest.load().values() if weight.bundle]
     if not embedded:
         raise UsageError("no weight travels with this package: name one with --model")

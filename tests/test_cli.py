@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import tiny_zoo
 import torch
 from PIL import Image
-from tiny_zoo import CLASSES, NAME, Zoo
 
-from kn_zoo import bundle, cli, data, evaluate, manifest
+from kn_zoo import cli, data
+from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.evaluation import predict as evaluate
+from tests.support import tiny_zoo
+from tests.support.tiny_zoo import CLASSES, NAME, Zoo
 
 
 @pytest.fixture

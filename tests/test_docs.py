@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
 
-import results  # noqa: E402
+from kn_zoo.evaluation import results  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if ".pth" not in code]

@@ -20,11 +20,12 @@ from typing import Annotated
 
 import typer
 
-from experiments import compare, lr_search, lr_searches, train_seeds
-from images import Place
-from kn_zoo import cli, data, manifest
-from recipe import Recipe, UserError, names
-from training import Interrupted, Pace
+from kn_zoo import cli, data
+from kn_zoo.checkpoints import manifest
+from kn_zoo.training.data import Place
+from kn_zoo.training.experiments import compare, lr_search, lr_searches, train_seeds
+from kn_zoo.training.recipe import Recipe, UserError, names
+from kn_zoo.training.trainer import Interrupted, Pace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 

@@ -10,7 +10,7 @@ else:  # what TorchScript calls it; it takes tuples too
     Ints = list[int]
 
 INFERENCE_STATISTICS = ("expected", "plain", "sampled")
-DROPOUTS = ("mask", "sums")
+DROPOUTS = ("mask", "gaussian")
 
 
 def check_settings(dropout_p: float, eps: float, inference_statistics: str, dropout: str) -> None:

@@ -37,7 +37,7 @@ def kn_conv2d(
     """Functional form of `KNConv2d`; see there.
 
     `padding`: left, right, top, bottom. `statistics`: "expected", "plain" or "sampled"; `dropout`:
-    "mask" or "sums". `frozen`: with one group, the mean of every filter has been taken off `weight`
+    "mask" or "gaussian". `frozen`: with one group, the mean of every filter has been taken off `weight`
     already, and no image is shifted. `relu`: the result is the ReLU of that.
     """
     unbatched = x.dim() == 3
@@ -75,7 +75,7 @@ class KNConv2d(nn.Conv2d):
     run over all channels. In training they are taken after dropout with probability `dropout_p`
     (the numerator never is). At inference `inference_statistics` decides: "expected" (the
     statistics' expectation over dropout masks), "plain" (no dropout), "sampled" (random, as in
-    training and in the authors' code). `dropout` is "mask", or "sums": what a mask leaves of the
+    training and in the authors' code). `dropout` is "mask", or "gaussian": what a mask leaves of the
     sums over channels is drawn from the normal distribution with the mask's first two moments
     (of 16 channels or more), which compilers fuse; at inference it changes "sampled" only. With
     `relu` the layer returns the ReLU of its output, and training keeps one tensor less than with

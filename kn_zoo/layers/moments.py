@@ -45,7 +45,7 @@ def dense_moments(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 def pixel_moments(x: Tensor, p: float, dropout: str) -> tuple[Tensor, Tensor]:
     """Differentiable mean and variance over the channels of each pixel, after dropout.
 
-    `dropout`: "mask" drops elements, "sums" draws what is left, see `drawn_moments`; of few
+    `dropout`: "mask" drops elements, "gaussian" draws what is left, see `drawn_moments`; of few
     channels, whose sums are far from normal, it always drops elements.
     """
     if p > 0.0 and draws_sums(x, dropout):
@@ -64,7 +64,7 @@ def pixel_moments(x: Tensor, p: float, dropout: str) -> tuple[Tensor, Tensor]:
 
 def draws_sums(x: Tensor, dropout: str, few: int = FEW_CHANNELS) -> bool:
     """TorchScript knows no constants of a module, hence the last argument."""
-    return dropout == "sums" and x.shape[1] >= few
+    return dropout == "gaussian" and x.shape[1] >= few
 
 
 def drawn_moments(

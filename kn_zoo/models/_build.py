@@ -9,7 +9,7 @@ import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict
 from torch import nn
 
-from kn_zoo import manifest, weights
+from kn_zoo.checkpoints import loading, manifest
 
 IMAGENET = dict(
     input_size=(3, 224, 224),
@@ -52,8 +52,8 @@ def build(
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
         asked_for = (variant, kwargs.get("pretrained_cfg"), overlay)
-        defaults = {**defaults, **weights.model_args(*asked_for)}
-        overlay = _read_pickle(weights.checked_source(*asked_for, kwargs.get("cache_dir")))
+        defaults = {**defaults, **loading.model_args(*asked_for)}
+        overlay = _read_pickle(loading.checked_source(*asked_for, kwargs.get("cache_dir")))
     model = build_model_with_cfg(
         model_cls,
         variant,

@@ -1,0 +1,1 @@
+"""The manifest of trained checkpoints: finding, checking, loading, bundling and publishing them."""

@@ -1,0 +1,1 @@
+"""Predictions, their verification against stored ones, and benchmarks."""

@@ -1,0 +1,196 @@
+"""Weights for a machine without a network, and the order in which places are looked in."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+
+from kn_zoo import cli
+from kn_zoo.checkpoints import bundle, loading, manifest, offline
+from kn_zoo.checkpoints.manifest import WEIGHTS_FILE
+from tests.support import tiny_zoo
+from tests.support.tiny_zoo import ARCHITECTURE, NAME, Child, Zoo
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Zoo:
+    monkeypatch.delenv("KN_ZOO_WEIGHTS", raising=False)
+    return tiny_zoo.make(tmp_path / "zoo", monkeypatch)
+
+
+def run(*arguments: object) -> int:
+    return cli.run(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def place(zoo: Zoo, tmp_path: Path) -> Path:
+    assert run("download", NAME, tmp_path / "a stick") == 0
+    return tmp_path / "a stick"
+
+
+def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, place: Path) -> None:
+    names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert names == {offline.SUMS, *(f"{NAME}/{name}" for name in bundle.FILES)}
+    assert run("verify", place) == 0
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--quiet", offline.SUMS], cwd=place, check=True)
+    assert run("download", "--all", place) == 0, "again, over what is there"
+    assert offline.problems(place) == []
+
+
+def test_it_serves_a_machine_without_network(zoo: Zoo, place: Path, tmp_path: Path) -> None:
+    """In another process, which has neither bundle nor cache, and whose Hub does not answer."""
+    on_hub = replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT))
+    lost = replace(on_hub, name=f"{ARCHITECTURE}.lost", hub=manifest.Hub("owner/lost", COMMIT))
+    machine = tiny_zoo.copy_package(tmp_path / "machine", [on_hub, lost])
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:1"}
+    environment = {**home, "HF_HUB_OFFLINE": "1", "HF_HUB_VERBOSITY": "critical"}
+    with Child(machine, **environment, KN_ZOO_WEIGHTS=str(place)) as child:
+        found = child.load(NAME)
+        assert set(found) == {"sha256"}
+        assert child.load(f"local-dir:{place / NAME}") == found
+        answer = child.load(lost.name)
+        assert answer["error"] == "MissingWeights" and "kn-zoo download" in answer["message"]
+        file = place / NAME / WEIGHTS_FILE
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+        answer = child.load(NAME)
+        assert answer["error"] == "CorruptWeights"
+        assert f"kn-zoo verify {place}" in answer["message"]
+    with Child(machine, **environment, KN_ZOO_WEIGHTS=str(tmp_path / "nowhere")) as child:
+        answer = child.load(NAME)
+        assert answer["error"] == "MissingWeights" and "not a directory" in answer["message"]
+
+
+def test_the_order_of_places(
+    zoo: Zoo, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Package, directory, cache and Hub; the file of each is known by where it lies."""
+    asked = []
+
+    def download(repository: str, filename: str, revision: str, **options: object) -> str:
+        asked.append((repository, filename, revision))
+        return str(tmp_path / "from the hub")
+
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(place))
+    weight = replace(zoo.weight, hub=manifest.Hub("owner/tiny", COMMIT))
+    assert loading.locate(weight) == zoo.file
+    zoo.file.unlink()
+    assert loading.locate(weight) == place / NAME / WEIGHTS_FILE
+    assert not asked
+    shutil.rmtree(place / NAME)
+    assert loading.locate(weight) == tmp_path / "from the hub"
+    assert asked == [("owner/tiny", WEIGHTS_FILE, COMMIT)]
+    monkeypatch.delenv("KN_ZOO_WEIGHTS")
+    assert loading.locate(replace(weight, bundle=False)) == tmp_path / "from the hub"
+
+
+def test_a_damaged_file_in_a_directory_is_left_where_it_is(
+    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the cache, whatever it is called: nothing there is deleted or fetched again."""
+    snapshots = place.rename(place.with_name("snapshots"))
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(snapshots))
+    manifest.write_entry(replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT)))
+    tiny_zoo.register(monkeypatch)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
+    file = snapshots / NAME / WEIGHTS_FILE
+    flip(file)
+    with pytest.raises(loading.CorruptWeights, match="kn-zoo verify"):
+        timm.create_model(NAME, pretrained=True)
+    assert file.is_file()
+
+
+def flip(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+
+def put_beside(path: Path) -> None:
+    path.with_name("extra.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, put_beside], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, bundle.PREDICTIONS, bundle.CARD])
+def test_verify_names_what_is_wrong(
+    place: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(place / NAME / name)
+    capsys.readouterr()
+    assert run("verify", place) == 1
+    printed = capsys.readouterr().out
+    assert f"{NAME}/{'extra.bin' if damage is put_beside else name}: " in printed
+    assert "problems" in printed.splitlines()[-1]
+
+
+def test_sums_that_fit_a_forged_file_do_not_help(place: Path) -> None:
+    """The manifest tells what the tensors are, not the directory."""
+    file = place / NAME / WEIGHTS_FILE
+    before = (place / offline.SUMS).read_text()
+    right = offline.files.sha256(file)
+    flip(file)
+    (place / offline.SUMS).write_text(before.replace(right, offline.files.sha256(file)))
+    (problem,) = offline.problems(place)
+    assert "it must be" in problem
+
+
+def test_a_weight_that_this_version_does_not_know(
+    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_zoo.empty_manifest(tmp_path / "zoo", monkeypatch)
+    manifest._load.cache_clear()
+    assert "upgrade it" in offline.problems(place)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["download", NAME], "a directory"),
+        (["download", NAME, "--all", "x"], "or --all"),
+        (["download", "no.such", "x"], "no.such"),
+        (["verify", "nowhere"], "nowhere"),
+        (["import", NAME, "x"], "is not imported"),
+        (["import", "knresnet18", "nowhere.pth"], "nowhere.pth"),
+        (["pin", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(
+    zoo: Zoo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
+    ours = manifest._load(tiny_zoo.ROOT / "weights_manifest.json")
+    manifest.write_entry(replace(ours["knresnet18.upstream_in1k"], file=None))
+    assert run(*arguments) == 2
+    out, error = capsys.readouterr()
+    assert message in error and len(error.strip().splitlines()) == 1 and not out
+
+
+def test_a_full_disk_is_told(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert run("download", NAME, tmp_path / "x") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not [p for p in (tmp_path / "x").rglob("*") if p.is_file()]
+
+
+def test_timm_lists_the_imported_weights() -> None:
+    for size in (18, 34, 50):
+        assert f"knresnet{size}.upstream_in1k" in timm.list_pretrained()

@@ -1,0 +1,332 @@
+"""`eval/verify.py` says match only of what matches, names what does not, then goes on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kn_zoo import cli, data, set_inference_statistics
+from kn_zoo.checkpoints import bundle, manifest, predictions
+from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.checkpoints.predictions import NEAR_TIE
+from kn_zoo.evaluation import predict as evaluate
+from kn_zoo.evaluation import verify
+from tests.support import tiny_zoo
+from tests.support.tiny_zoo import ARCHITECTURE, NAME
+
+SCRIPT = Path(__file__).parents[2] / "eval" / "verify.py"
+OTHER, ELSEWHERE = f"{ARCHITECTURE}.other", f"{ARCHITECTURE}.elsewhere"
+IMAGES = 40
+
+
+class FewDigits(data.Digits):
+    def __init__(self, train: bool) -> None:
+        super().__init__(train)
+        self.data, self.targets = self.data[:IMAGES], self.targets[:IMAGES]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two equal untrained weights with their true accuracies, and one whose images are missing."""
+    folder = tmp_path_factory.mktemp("zoo")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_zoo.empty_manifest(folder, patch)
+        patch.setattr(data, "Digits", FewDigits)
+        model = tiny_zoo.network()
+        with torch.no_grad():
+            model.get_classifier().weight.mul_(30)  # logits like those of a trained network
+        model.pretrained_cfg.update(tiny_zoo.draft().pretrained_cfg())
+        images, found = data.load("digits", "test"), {}
+        for statistics in ("plain", "sampled", "expected"):
+            torch.manual_seed(5)
+            set_inference_statistics(model, statistics)
+            found[statistics] = evaluate.predict(model, images)
+        accuracies = {k: manifest.Accuracy(p.top1, round(p.top5, 4)) for k, p in found.items()}
+        draft = tiny_zoo.draft(
+            reported=manifest.Reported("kn_zoo", accuracies),
+            dataset=manifest.Dataset("digits", "test", IMAGES, 10),
+        )
+        cifar100 = replace(
+            draft, name=ELSEWHERE, dataset=manifest.Dataset("cifar100", "test", 7, 10)
+        )
+        for weight in (draft, replace(draft, name=OTHER), cifar100):
+            tiny_zoo.write(model, weight, folder / "log", predictions=found["expected"])
+    return folder
+
+
+@pytest.fixture
+def zoo(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to be damaged."""
+    folder = tmp_path / "zoo"
+    shutil.copytree(prepared, folder)
+    monkeypatch.setattr(manifest, "PATH", folder / "weights_manifest.json")
+    monkeypatch.setattr(manifest, "PRETRAINED", folder / "pretrained")
+    monkeypatch.setattr(data, "Digits", FewDigits)
+    monkeypatch.setenv("KN_ZOO_DATA", str(tmp_path / "no data"))
+    monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
+    tiny_zoo.register(monkeypatch)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.run(verify.app, [str(argument) for argument in arguments])
+
+
+def results(folder: Path, *arguments: object) -> tuple[int, dict[str, dict[str, Any]]]:
+    status = run(*arguments, "--json", folder / "results.json")
+    document = json.loads((folder / "results.json").read_text())
+    return status, {weight["name"]: weight for weight in document["weights"]}
+
+
+def edit(name: str, **changes: np.ndarray) -> None:
+    """Change a bundle's predictions."""
+    path = manifest.find(name).folder / bundle.PREDICTIONS
+    with np.load(path) as arrays:
+        content = {**arrays, **changes}
+    np.savez(path, **content)
+
+
+def stored(name: str = NAME) -> predictions.Predictions:
+    return bundle.get(manifest.find(name)).predictions()
+
+
+def test_all_is_well_and_missing_data_is_skipped(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = results(zoo)
+    assert status == 0
+    assert [w["status"] for w in found.values()] == ["match", "match", "skipped"]
+    assert "CIFAR-100 is not in" in found[ELSEWHERE]["reasons"][0]
+    accuracy = manifest.find(NAME).reported.statistics["expected"]
+    assert found[NAME]["found"]["top1"] == pytest.approx(accuracy.top1)
+    assert found[NAME]["reported"] == {"top1": accuracy.top1, "top5": accuracy.top5}
+    printed = capsys.readouterr().out
+    assert f"{NAME}" in printed and f"{accuracy.top5:.2f}" in printed
+    assert f"{ELSEWHERE}: skipped: CIFAR-100 is not in" in printed and "--download" in printed
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+@pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
+def test_the_result_is_that_of_any_batch_size(zoo: Path, batch_size: int, statistics: str) -> None:
+    arguments = (NAME, "--batch-size", batch_size, "--statistics", statistics)
+    status, found = results(zoo, *arguments)
+    assert (status, found[NAME]["status"], found[NAME]["reasons"]) == (0, "match", [])
+    if statistics != "sampled":
+        accuracy = manifest.find(NAME).reported.statistics[statistics]
+        assert found[NAME]["found"]["top1"] == pytest.approx(accuracy.top1)
+
+
+def test_a_wrong_prediction_is_caught_and_named(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    indices = stored().indices.copy()
+    before = int(indices[17, 0])
+    indices[17, :2] = indices[17, 1::-1]
+    edit(NAME, indices=indices)
+    status, found = results(zoo, NAME, OTHER)
+    assert status == 1
+    assert found[NAME]["status"] == "mismatch" and found[NAME]["mismatches"] == [17]
+    assert found[OTHER]["status"] == "match"
+    expected = f"1 of {IMAGES} images differ from predictions.npz: 17 (found {before}, stored "
+    assert expected in capsys.readouterr().out
+
+
+def test_the_last_class_and_a_logit_are_compared_too(zoo: Path) -> None:
+    indices, logits = stored().indices.copy(), stored(OTHER).logits.copy()
+    indices[3, 4] = next(i for i in range(10) if i not in indices[3])
+    logits[5, 4] -= 3 * NEAR_TIE
+    edit(NAME, indices=indices)
+    edit(OTHER, logits=logits)
+    status, found = results(zoo, NAME, OTHER)
+    assert status == 1
+    assert (found[NAME]["mismatches"], found[OTHER]["mismatches"]) == ([3], [5])
+    assert "3 (other classes after the first)" in found[NAME]["reasons"][0]
+    assert "5 (logits 0.03 apart)" in found[OTHER]["reasons"][0]
+
+
+def test_a_near_tie_is_listed_and_no_mismatch(
+    zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hardware that made the predictions found two classes in another order."""
+    truth = stored()
+    image = int(np.argmin(truth.logits[:, 0] - truth.logits[:, 1]))
+    logits, indices = truth.logits.copy(), truth.indices.copy()
+    middle = logits[image, :2].mean()
+    logits[image, :2] = middle + NEAR_TIE / 8, middle - NEAR_TIE / 8
+    indices[image, :2] = indices[image, 1::-1]
+    targets = truth.targets.copy()
+    targets[image] = truth.indices[image, 0]  # right here, wrong there
+    edit(NAME, logits=logits, indices=indices, targets=targets)
+
+    def close(model: Any, *arguments: Any, **options: Any) -> predictions.Predictions:
+        """The two are as close here, the other way round."""
+        found = predict(model, *arguments, **options)
+        return replace(found, logits=logits, indices=truth.indices, targets=targets)
+
+    predict = evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", close)
+    # The reported accuracy is that of the other order.
+    weight = manifest.find(NAME)
+    edited = replace(truth, indices=indices, targets=targets)
+    accuracy = manifest.Accuracy(edited.top1, edited.top5)
+    manifest.write_entry(
+        replace(weight, reported=manifest.Reported("kn_zoo", {"expected": accuracy}))
+    )
+    status, found = results(zoo, NAME)
+    assert status == 0, found
+    assert found[NAME]["near_ties"] == found[NAME]["reordered"] == [image]
+    note = f"images {image} have logits closer than {NEAR_TIE:g} in another order"
+    assert note in capsys.readouterr().out
+
+
+def test_a_bundle_cannot_widen_the_bound(zoo: Path) -> None:
+    logits = stored().logits.copy()
+    logits[9] += 1
+    edit(NAME, logits=logits, near_tie_bound=np.asarray(1e9))
+    status, found = results(zoo, NAME)
+    assert (status, found[NAME]["mismatches"]) == (1, [9])
+
+
+@pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
+def test_a_wrong_reported_accuracy_is_caught(zoo: Path, statistics: str) -> None:
+    """One image more is enough where the evaluation is deterministic."""
+    weight = manifest.find(NAME)
+    accuracies = dict(weight.reported.statistics)
+    right = accuracies[statistics]
+    images = 25 if statistics == "sampled" else 1
+    top1 = right.top1 + 100 * images / IMAGES
+    accuracies[statistics] = replace(right, top1=top1)
+    manifest.write_entry(replace(weight, reported=manifest.Reported("kn_zoo", accuracies)))
+    status, found = results(zoo, NAME, "--statistics", statistics)
+    assert status == 1
+    assert len(found[NAME]["reasons"]) == 1
+    assert found[NAME]["reasons"][0].startswith("top-1: ")
+
+
+def test_a_flipped_bit_is_refused_and_the_others_go_on(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = manifest.find(NAME).folder / manifest.WEIGHTS_FILE
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    status, found = results(zoo, "--embedded")
+    assert status == 1
+    assert found[NAME]["status"] == "corrupt" and found[NAME]["found"] == {}
+    assert found[OTHER]["status"] == "match"
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "corrupt: " in x]
+    assert "SHA-256" in line and "Install kn_zoo again" in line
+
+
+def test_a_flipped_bit_is_seen_without_images(zoo: Path) -> None:
+    file = manifest.find(ELSEWHERE).folder / manifest.WEIGHTS_FILE
+    file.write_bytes(file.read_bytes()[:-1])
+    status, found = results(zoo, ELSEWHERE)
+    assert (status, found[ELSEWHERE]["status"]) == (1, "corrupt")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "missing array", "missing", "shorter"])
+def test_broken_predictions_are_told(zoo: Path, damage: str) -> None:
+    path = manifest.find(NAME).folder / bundle.PREDICTIONS
+    if damage == "garbage":
+        path.write_bytes(b"PK not a zip file")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:500])
+    elif damage == "missing array":
+        np.savez(path, logits=stored().logits)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        whole = stored()
+        edit(NAME, indices=whole.indices[1:], logits=whole.logits[1:], targets=whole.targets[1:])
+    status, found = results(zoo, NAME, OTHER)
+    assert status == 1
+    assert found[NAME]["status"] == ("mismatch" if damage == "shorter" else "corrupt")
+    assert "predictions.npz" in found[NAME]["reasons"][0] or damage == "missing"
+    assert found[OTHER]["status"] == "match"
+
+
+def test_fewer_images_than_reported_are_no_verdict(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "IMAGES", 30)
+    status, found = results(zoo, NAME)
+    assert (status, found[NAME]["status"]) == (2, "skipped")
+    assert "has 30 images here, the accuracy was measured on 40" in found[NAME]["reasons"][0]
+
+
+def test_what_is_not_available_is_skipped_with_the_cure(zoo: Path) -> None:
+    weight = replace(manifest.find(NAME), name=f"{ARCHITECTURE}.future", file=None, bundle=False)
+    manifest.write_entry(weight)
+    status, found = results(zoo, "--all")
+    assert status == 0
+    future = found[weight.name]
+    assert future["status"] == "skipped" and "Train it with" in future["reasons"][0]
+    assert [w["status"] for w in found.values()] == ["match", "match", "skipped", "skipped"]
+
+
+def test_statistics_that_nobody_reported_are_skipped(zoo: Path) -> None:
+    weight: Checkpoint = manifest.find(NAME)
+    expected = {"expected": weight.reported.statistics["expected"]}
+    manifest.write_entry(replace(weight, reported=manifest.Reported("kn_zoo", expected)))
+    status, found = results(zoo, NAME, "--statistics", "plain")
+    assert (status, found[NAME]["status"]) == (2, "skipped")
+    assert "use expected" in found[NAME]["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.such"], "No weight is called 'no.such'"),
+        ([NAME, "--all"], "not several of them"),
+        ([NAME, "--device", "abacus"], "device 'abacus' cannot be used"),
+        ([NAME, "--batch-size", "0"], "--batch-size"),
+        ([NAME, "--statistics", "best"], "'best'"),
+        ([NAME, "--json", "no/such/folder.json"], "cannot be written"),
+        ([ELSEWHERE], "nothing could be verified"),
+        ([NAME, "--frobnicate"], "frobnicate"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(
+    zoo: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_deviation_of_sampled_accuracies() -> None:
+    """Two draws tell the spread of (mean of two) - (mean of five) within a fraction."""
+    random = np.random.RandomState(0)
+    right = random.beta(0.3, 0.3, 10_000)  # most images are surely right or surely wrong
+
+    def draw() -> np.ndarray:
+        return random.random_sample(len(right)) < right
+
+    differences = [
+        np.mean([draw().sum() for _ in range(2)]) - np.mean([draw().sum() for _ in range(5)])
+        for _ in range(300)
+    ]
+    estimate = verify.deviation([draw(), draw()], 5)
+    assert np.std(differences) == pytest.approx(estimate, rel=0.15)
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """As a process of its own: here no bundle's images are there, or all that are match."""
+    environment = {**os.environ, "KN_ZOO_DATA": str(tmp_path), "KN_ZOO_CACHE": str(tmp_path)}
+    command = [sys.executable, str(SCRIPT), "--batch-size", "64"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    embedded = [weight for weight in manifest.load().values() if weight.bundle]
+    verified = [weight.name for weight in embedded if weight.dataset.name == "digits"]
+    assert done.returncode == (0 if verified else 2), done.stdout + done.stderr
+    for weight in embedded:
+        row = next(line for line in done.stdout.splitlines() if weight.name in line)
+        assert row.split()[-1] == ("match" if weight.name in verified else "skipped")

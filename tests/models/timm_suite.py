@@ -1,0 +1,98 @@
+"""Runs timm's own tests/test_models.py on the models of this package.
+
+    python tests/timm_suite.py [arguments of pytest]
+
+The file comes from the source distribution of the installed timm and is kept in `.timm-suite/`. It
+tests what `timm.list_models()` names, hundreds of networks; as a plugin of that run, this module
+lets it see ours alone and deselects the tests that are written for particular models of timm. The
+tests of `forward_intermediates` ask for the modules of a list inside that file: here they get all
+our models, whatever their module is called.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from kn_zoo.checkpoints import manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".timm-suite"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns pytest's exit status, 2 if timm's tests cannot be fetched."""
+    try:
+        suite = fetch(timm.__version__)
+    except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
+        print(f"Cannot fetch timm's source distribution: {error}", file=sys.stderr)
+        return 2
+    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = dict(
+        os.environ, TORCH_BACKEND="kn_zoo", PYTHONPATH=os.pathsep.join(filter(None, paths))
+    )
+    # no:timeout, because a slow machine is no failure
+    command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:timeout"]
+    command += ["-c", "pyproject.toml", "tests/test_models.py", *arguments]
+    return subprocess.call(command, cwd=suite, env=environment)
+
+
+def fetch(version: str) -> Path:
+    """The folder that holds timm's tests of this version, downloaded by pip if it is not there."""
+    folder = CACHE / f"timm-{version}"
+    if folder.is_dir():
+        return folder
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        download = ["download", "--quiet", "--no-deps", "--no-binary", "timm", "--dest", scratch]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", *download]
+        subprocess.run([*pip, f"timm=={version}"], check=True)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            # Without timm itself, which would hide the installed one.
+            wanted = [m for m in tar if m.name.split("/")[1] in ("tests", "pyproject.toml")]
+            tar.extractall(scratch, wanted, filter="data")
+        (Path(scratch) / f"timm-{version}").rename(folder)
+    return folder
+
+
+def pytest_configure(config: Any) -> None:
+    """Before timm's file is imported: `list_models` names our models only."""
+    import kn_zoo.models  # noqa: F401  registers them
+
+    config.addinivalue_line("markers", "timeout(seconds): meant for timm's machines, not applied")
+    list_models = timm.list_models
+
+    def list_ours(filter: Any = "", module: Any = "", *args: Any, **kwargs: Any) -> list[str]:
+        return [name for name in list_models(filter, "", *args, **kwargs) if is_ours(name)]
+
+    timm.list_models = list_ours
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Keep what is tested of one of our models."""
+    kept, dropped = [], []
+    for item in items:
+        parameters = (getattr(item, "callspec", None) and item.callspec.params) or {}
+        (kept if is_ours(parameters.get("model_name")) else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+def is_ours(name: Any) -> bool:
+    """Whether `name` is an entry point of this package, or, with a tag, a weight that needs no
+    network."""
+    architecture, _, tag = name.partition(".") if isinstance(name, str) else ("", "", "")
+    weight = manifest.load().get(name)
+    if not timm.is_model(architecture) or (tag and not (weight and weight.bundle)):
+        return False
+    return timm.model_entrypoint(architecture).__module__.startswith("kn_zoo.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
