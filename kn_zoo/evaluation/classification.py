@@ -28,9 +28,7 @@ DEVIATIONS = 4  # standard deviations that a "sampled" accuracy may be away from
 SHOWN = 10  # images named in a line of text
 
 
-def check(
-    checkpoint: Checkpoint, images: data.Images, settings: Settings, result: Result
-) -> None:
+def check(checkpoint: Checkpoint, images: data.Images, settings: Settings, result: Result) -> None:
     """Recompute predictions and accuracy; add to `result` what was compared and what differs.
 
     Raises:

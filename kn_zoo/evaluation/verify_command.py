@@ -101,7 +101,7 @@ def main(
     report(results, sweeps)
     if json:
         manifest.write_text(json, as_json(results, sweeps, settings))
-    statuses = [result.status for result in (*results, *sweeps)]
+    statuses = [*(result.status for result in results), *(result.status for result in sweeps)]
     if "mismatch" in statuses or "corrupt" in statuses:
         return 1
     if all(status == "skipped" for status in statuses):
