@@ -171,7 +171,10 @@ class Results:
 
         Of one run this is the ratio of times in the same round: the bare convolutions cancel.
         """
-        pairs = zip(self._relative(setting, variant), self._relative(setting, to), strict=False)
+        relative = self._relative(setting, variant)
+        if to == BASELINE:
+            return Spread.of(relative)
+        pairs = zip(relative, self._relative(setting, to), strict=False)
         return Spread.of([a / b for a, b in pairs])
 
     def overhead(self, setting: Setting, variant: str) -> Spread | None:

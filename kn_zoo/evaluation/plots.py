@@ -29,10 +29,10 @@ def plot(results: Results, path: Path) -> list[Path]:
     """Draw times, memory, and the sweep over single layers as PNG files beside the CSV `path`."""
     figures = {}
     for dtype in results.dtypes:
-        figures[f"_{dtype}"] = _times(results, dtype)
-        figures[f"_{dtype}_memory"] = _memory(results, dtype)
+        figures[f"_{dtype}"] = times(results, dtype)
+        figures[f"_{dtype}_memory"] = memory(results, dtype)
     if results.layers:
-        figures["_layers"] = _sweep(results)
+        figures["_layers"] = sweep(results)
     written = []
     for suffix, figure in figures.items():
         if figure is None:
@@ -44,7 +44,7 @@ def plot(results: Results, path: Path) -> list[Path]:
     return written
 
 
-def _times(results: Results, dtype: str) -> Figure | None:
+def times(results: Results, dtype: str) -> Figure | None:
     def bars(task: str, mode: str) -> Bars:
         return {
             results.label(workload): {
@@ -57,11 +57,11 @@ def _times(results: Results, dtype: str) -> Figure | None:
         }
 
     panels = {f"{TASKS[task]}, {mode}": bars(task, mode) for task, mode in TASK_MODES}
-    title = f"Time as a ratio to the same network with bare convolutions, {dtype}, channels_last"
+    title = f"Time as a ratio to the same network with bare convolutions, {dtype}"
     return _bar_panels(results, title, panels, digits=2, limit=RATIO_LIMIT)
 
 
-def _memory(results: Results, dtype: str) -> Figure | None:
+def memory(results: Results, dtype: str) -> Figure | None:
     def spread(workload: Workload, mode: str, variant: str) -> Spread | None:
         mib = results.memory(workload, dtype, mode, variant)
         return Spread(mib, mib, mib) if mib else None
@@ -75,7 +75,7 @@ def _memory(results: Results, dtype: str) -> Figure | None:
         }
         for mode in MODES
     }
-    title = f"Training, MiB, {dtype}: {results.header.get('memory', 'memory')}"
+    title = f"Memory of a training step, MiB, {dtype}:\n{results.header.get('memory', '')}"
     return _bar_panels(results, title, panels, digits=0)
 
 
@@ -90,27 +90,30 @@ def _bar_panels(
     panels = {name: bars for name, bars in panels.items() if bars}
     if not panels:
         return None
+    spreads = [s for bars in panels.values() for found in bars.values() for s in found.values()]
+    longest = max(spread.high for spread in spreads)
+    end = min(limit or longest, longest)
     lines = [sum(len(found) + 1.5 for found in bars.values()) for bars in panels.values()]
     figure = _new_figure(results, title, 8.5, LINE_INCHES * sum(lines) + 0.6 * len(panels))
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=lines)[:, 0]
     for axis, (name, bars) in zip(axes, panels.items(), strict=True):
-        _bars(axis, bars, digits, limit)
+        _bars(axis, bars, end, digits)
         axis.set_title(name, fontsize=10)
+        if limit:  # of ratios
+            axis.axvline(1, color="0.6", linewidth=0.8)
     drawn = {variant for bars in panels.values() for found in bars.values() for variant in found}
     handles = [
         axes[0].barh(0, 0, color=COLORS[variant], label=VARIANTS[variant])
         for variant in VARIANTS
         if variant in drawn
     ]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.legend(handles=handles, loc="outside right center", fontsize=8)
     return figure
 
 
-def _bars(axis: Any, bars: Bars, digits: int, limit: float | None) -> None:
-    """Draw bars from 0 with their numbers, and minimum to maximum as whiskers."""
+def _bars(axis: Any, bars: Bars, end: float, digits: int) -> None:
+    """Draw bars from 0 to `end` with their numbers, and minimum to maximum as whiskers."""
     axis.spines[["top", "right"]].set_visible(False)
-    longest = max(spread.high for found in bars.values() for spread in found.values())
-    end = min(limit or longest, longest)
     y, ticks = 0.0, []
     for found in bars.values():
         ticks.append(y + (len(found) - 1) / 2)
@@ -128,11 +131,9 @@ def _bars(axis: Any, bars: Bars, digits: int, limit: float | None) -> None:
     axis.set_yticks(ticks, list(bars), fontsize=8)
     axis.set_ylim(y - 1.5, -1)  # the first network on top
     axis.set_xlim(0, 1.2 * end)
-    if limit:
-        axis.axvline(1, color="0.6", linewidth=0.8)
 
 
-def _sweep(results: Results) -> Figure:
+def sweep(results: Results) -> Figure:
     """Draw the overhead over kernel sizes and channels; unfold needs a scale of its own."""
     workload = results.layers[0]
     setting = results.sweep_setting(workload, next(iter(TASKS)))
