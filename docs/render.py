@@ -64,7 +64,7 @@ def headline(checkpoint: Checkpoint) -> str:
     if "expected" in reported:
         return f"{reported['expected'].top1:.2f}"
     name, accuracy = next(iter(reported.items()))
-    return f"{accuracy.top1:.2f} ({name}, by the {checkpoint.reported.by})"
+    return f"{accuracy.top1:.2f} ({name}; reported by the {checkpoint.reported.by.split()[0]})"
 
 
 def source(checkpoint: Checkpoint) -> str:
@@ -92,7 +92,7 @@ def accuracies_row(checkpoint: Checkpoint) -> list[str]:
         f"{checkpoint.dataset.images:,}",
         *top1,
         "" if top5 is None else f"{top5:.2f}",
-        f"{checkpoint.flops / 1e9:.3g}",
+        f"{checkpoint.flops / 1e9:#.3g}",
         ", ".join(map(str, checkpoint.seeds)),
         checkpoint.licenses.weights,
     ]
@@ -125,9 +125,10 @@ def models_table() -> str:
     for name in timm.list_models():
         package, _, module = timm.models.model_entrypoint(name).__module__.rpartition(".")
         if package == kn_zoo.models.__name__:
-            own.append((FAMILIES.get(module, module), name))
-    families = list(FAMILIES.values())
-    own.sort(key=lambda item: families.index(item[0]) if item[0] in families else len(families))
+            family = FAMILIES.get(module, module)
+            own.append((family if name.startswith("kn") else family.removeprefix("KN-"), name))
+    order = [*FAMILIES.values(), "PreActResNet"]
+    own.sort(key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     rows = [model_row(family, name) for family, name in own]
     rows += [model_row("timm, for comparison", name) for name in ORDINARY]
     return table("family|name|input|classes|parameters|GFLOPs|norm", rows)
@@ -143,7 +144,7 @@ def model_row(family: str, name: str) -> list[str]:
         " x ".join(map(str, size)),
         str(model.num_classes),
         f"{bundle.parameters(model):,}",
-        f"{bundle.flops(model, size) / 1e9:.3g}",
+        f"{bundle.flops(model, size) / 1e9:#.3g}",
         norms(name),
     ]
 

@@ -174,7 +174,7 @@ def accuracy_row(checkpoint: Checkpoint) -> list[str]:
         ", ".join(map(str, checkpoint.seeds)),
         f"{reported.top1:.2f}{spread}",
         f"{reported.top5:.2f}",
-        f"{checkpoint.flops / 1e9:.3g}",
+        f"{checkpoint.flops / 1e9:#.3g}",
         environment(checkpoint).get("training", "").removesuffix(" hours"),
     ]
 
