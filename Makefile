@@ -46,6 +46,13 @@ format: $(VENV)/.dev  ## put the code into shape
 benchmark: $(VENV)/.dev  ## measure the cost of normalization here (on a GPU: within eight minutes)
 	$(BIN)/python eval/benchmark.py
 
-docs: $(VENV)/.dev  ## write anew what is generated: README tables, model cards
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "Installing kn_zoo and what its documentation needs into $(VENV) (PyTorch is about 6 GB on disk) ..."
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## write what is generated (tables, figures, model cards), build the site into site/
 	$(BIN)/python -m kn_zoo.checkpoints.bundle
+	$(BIN)/python eval/benchmark.py --render
 	$(BIN)/python docs/render.py
+	$(BIN)/mkdocs build --strict
