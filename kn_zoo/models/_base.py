@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from timm.layers import ClassifierHead, DropPath, get_act_layer, register_notrace_function
+from timm.layers import ClassifierHead, DropPath, get_act_layer
 from timm.models import checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ ActLayer = str | type[nn.Module]
 Features = list[dict[str, Any]]
 
 
-@register_notrace_function
+@torch.fx.wrap
 def check_size(x: Tensor, minimum: int) -> Tensor:
     """Return x (N, C, H, W), or raise a ValueError if H or W is below `minimum`."""
     height, width = x.shape[-2], x.shape[-1]
@@ -273,7 +273,7 @@ class StagedNetwork(nn.Module):
         self._set_widths(self.num_features)
 
     def forward_maps(self, x: Tensor, indices: list[int], norm: bool = False) -> list[Tensor]:
-        """Return the maps at the non-negative `indices` of images (N, C, H, W); see `norm` below."""
+        """Return the maps at the non-negative `indices` of images (N, C, H, W)."""
         return self._run_stages(check_size(x, self.min_size), indices, max(indices), norm)[1]
 
     def _run_stages(

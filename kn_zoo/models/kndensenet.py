@@ -19,6 +19,7 @@ from ._base import (
     StagedNetwork,
     classifier_head,
     init_weights,
+    stage_geometries,
 )
 from ._build import CIFAR, StateDict, build, cfgs
 
@@ -32,14 +33,28 @@ class DenseLayer(nn.Module):
     layers activate them again; this is the published network.
     """
 
-    def __init__(self, layers: KNLayers, in_chs: int, growth: int) -> None:
+    def __init__(self, layers: KNLayers, in_chs: int, growth: int, dilation: int) -> None:
         super().__init__()
         self.act = layers.act()
-        self.conv = layers.conv(in_chs, growth, 3, padding=1)
+        self.conv = layers.conv(in_chs, growth, 3, padding=dilation, dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(x)
         return torch.cat([x, self.conv(x)], 1)
+
+
+class DilatedAvgPool2d(nn.Module):
+    """`nn.AvgPool2d(2)` with dilation in place of its stride; the map keeps its size."""
+
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = self.dilation
+        x = nn.functional.pad(x, (0, d, 0, d), mode="replicate")
+        x = (x[:, :, :-d] + x[:, :, d:]) / 2
+        return (x[:, :, :, :-d] + x[:, :, :, d:]) / 2
 
 
 class KNDenseNet(StagedNetwork):
@@ -49,6 +64,8 @@ class KNDenseNet(StagedNetwork):
         depths: number of layers in each stage.
         growth: channels that each layer adds.
         stem_chs: channels of the first convolution.
+        output_stride: largest reduction of the stages' maps; further stages dilate instead of
+            pooling. The maps contain the values of the strided network.
         dense_maps: round up instead, for dense prediction; `features_only=True` sets it.
         dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
             uses min(5 * dropout_p, 0.5).
@@ -62,6 +79,7 @@ class KNDenseNet(StagedNetwork):
         in_chans: int = 3,
         num_classes: int = 10,
         global_pool: str = "avg",
+        output_stride: int = 32,
         dense_maps: bool = False,
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.1,
@@ -75,16 +93,22 @@ class KNDenseNet(StagedNetwork):
         chs = stem_chs
         stages = []
         feature_info: Features = []
-        for i, depth in enumerate(depths):
+        for i, geometry in enumerate(stage_geometries(1, len(depths), output_stride)):
             transition = None
             if i > 0:
-                conv = layers.conv(chs, chs, 3, padding=1)
-                pool = nn.AvgPool2d(2, ceil_mode=dense_maps)
+                d = geometry.first_dilation
+                conv = layers.conv(chs, chs, 3, padding=d, dilation=d)
+                pool: nn.Module = nn.AvgPool2d(2, ceil_mode=dense_maps)
+                if geometry.stride == 1:
+                    pool = DilatedAvgPool2d(d)
                 transition = nn.Sequential(OrderedDict(act=layers.act(), conv=conv, pool=pool))
-            blocks = [DenseLayer(layers, chs + growth * j, growth) for j in range(depth)]
+            blocks = []
+            for _ in range(depths[i]):
+                blocks.append(DenseLayer(layers, chs, growth, geometry.dilation))
+                chs += growth
             stages.append(Stage(blocks, transition))
-            chs += growth * depth
-            feature_info.append(dict(num_chs=chs, reduction=2**i, module=f"stages.{i}"))
+            info = dict(num_chs=chs, reduction=geometry.reduction, module=f"stages.{i}")
+            feature_info.append(info)
 
         super().__init__(
             stem=layers.conv(in_chans, stem_chs, 3, padding=1),

@@ -21,6 +21,7 @@ from ._build import CIFAR_MEAN_STD, Cfgs, build, cfgs
 __all__ = ["ResNetCifar"]
 
 Norm = Literal["batch", "group", "layer", "local_context", "none"]
+torch.fx.wrap("check_size")  # fx wraps a function in each module that calls it
 NORMS: dict[str, Any] = dict(
     batch=nn.BatchNorm2d,
     group=GroupNorm,
@@ -47,7 +48,7 @@ class ResNetCifar(ResNet):
         layers: number of blocks in each stage.
         norm: "batch", "group" (32 groups), "layer" (one group), "local_context" (2 channels per
             group, windows of 16x16 pixels) or "none" (convolutions have biases).
-        output_stride: reduction of the last map: 8, 4 or 2.
+        output_stride: largest reduction of the stages' maps: 2, 4, or 8 and more.
         kwargs: arguments of timm's ResNet.
     """
 
@@ -64,13 +65,13 @@ class ResNetCifar(ResNet):
     ) -> None:
         if norm not in NORMS:
             raise ValueError(f"norm={norm!r}: use one of {tuple(NORMS)}")
-        if output_stride not in (8, 4, 2):
-            raise ValueError(f"output_stride={output_stride}: use 8, 4 or 2")
+        if output_stride not in (2, 4, 8, 16, 32):
+            raise ValueError(f"output_stride={output_stride}: use 2, 4, 8, 16 or 32")
         super().__init__(
             block,
             layers,
             in_chans=in_chans,
-            output_stride=4 * output_stride,
+            output_stride=4 * min(output_stride, REDUCTION),
             norm_layer=NORMS[norm],
             **kwargs,
         )
