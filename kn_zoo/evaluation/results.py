@@ -17,12 +17,20 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "results"
 SMALL_BATCH = FIGURES / "small_batch.csv"
-COLORS = {"kernel": "C0", "batch": "C2", "group": "C4", "layer": "C5", "none": "0.5"}
+COLORS = {
+    "kernel": "C0",
+    "batch": "C2",
+    "group": "C4",
+    "layer": "C5",
+    "local_context": "C6",
+    "none": "0.5",
+}
 NORMS = {
     "kernel": "kernel",
     "batch": "BatchNorm",
     "group": "GroupNorm",
     "layer": "LayerNorm",
+    "local_context": "LocalContextNorm",
     "none": "nothing",
 }
 STATISTICS = ("expected", "plain", "sampled")
