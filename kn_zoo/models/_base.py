@@ -101,7 +101,7 @@ class KNLayers:
     def conv_norm_act(
         self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any
     ) -> tuple[nn.Module, nn.Module]:
-        """Return a KNConv2d and the activation after it, which is Identity for a fused ReLU."""
+        """Return a KNConv2d and the activation after it: Identity if that is a ReLU."""
         relu = activation(self.act_layer) is nn.ReLU
         conv = self.conv(in_chs, out_chs, kernel_size, relu=relu, **geometry)
         return conv, nn.Identity() if relu else self.act()

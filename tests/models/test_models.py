@@ -92,8 +92,8 @@ def test_logits_are_the_published_codes(fixture: str, upstream: Path) -> None:
     ).eval()
     with torch.inference_mode():
         torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-9)
-        found = model.float()(x.float()).double()
-    torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
+        logits_float32 = model.float()(x.float()).double()
+    torch.testing.assert_close(logits_float32, logits, rtol=0, atol=1e-4)
 
 
 def test_every_fixture_is_tested(upstream: Path) -> None:
@@ -255,11 +255,11 @@ def test_reductions_are_honest_at_every_size(architecture: str, extra: tuple[int
     size = (side + extra[0], side + extra[1])
     maps = model.forward_intermediates(sized(size, model), intermediates_only=True)
     assert len(maps) == len(features.info)
-    for i, (found, info) in enumerate(zip(maps, features.info, strict=True)):
-        assert found.shape[1] == info["num_chs"]
+    for i, (feature_map, info) in enumerate(zip(maps, features.info, strict=True)):
+        assert feature_map.shape[1] == info["num_chs"]
         model.get_submodule(info["module"])
         wider = architecture in ("knresnet18", "knresnet34") and i == len(maps) - 1
-        for pixels, length in zip(size, found.shape[2:], strict=True):
+        for pixels, length in zip(size, feature_map.shape[2:], strict=True):
             exact = pixels / info["reduction"]
             assert math.floor(exact) <= length <= math.ceil(exact) + wider
 
@@ -304,9 +304,9 @@ def test_dilated_maps_contain_the_strided_ones(
         for s, d in zip(strided.feature_info, dilated.feature_info, strict=True)
     ]
     assert steps[-1] > 1 and dilated.feature_info[-1]["reduction"] == output_stride
-    for found, dense, step in zip(maps, dense_maps, steps, strict=True):
-        torch.testing.assert_close(dense[..., ::step, ::step], found)
-        assert dense.shape[2:] == tuple(step * n for n in found.shape[2:])
+    for strided_map, dense_map, step in zip(maps, dense_maps, steps, strict=True):
+        torch.testing.assert_close(dense_map[..., ::step, ::step], strided_map)
+        assert dense_map.shape[2:] == tuple(step * n for n in strided_map.shape[2:])
     step = steps[-1] * (1 if type(dilated.neck) is nn.Identity else 2)  # a neck halves once more
     last = many[..., ::step, ::step][..., : few.shape[2], : few.shape[3]]
     torch.testing.assert_close(last, few)
