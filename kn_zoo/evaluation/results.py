@@ -19,12 +19,20 @@ FIGURES = ROOT / "results"
 SMALL_BATCH = FIGURES / "small_batch.csv"
 SMALL_BATCH_RECIPE = "train_scripts/recipes/small_batch.yaml"
 BENCHMARK = FIGURES / "benchmark_cpu.csv"
-COLORS = {"kernel": "C0", "batch": "C2", "group": "C4", "layer": "C5", "none": "0.5"}
+COLORS = {
+    "kernel": "C0",
+    "batch": "C2",
+    "group": "C4",
+    "layer": "C5",
+    "local_context": "C6",
+    "none": "0.5",
+}
 NORMS = {
     "kernel": "kernel normalization",
     "batch": "BatchNorm",
     "group": "GroupNorm",
     "layer": "LayerNorm",
+    "local_context": "LocalContextNorm",
     "none": "no normalization",
 }
 STATISTICS = ("expected", "plain", "sampled")

@@ -6,12 +6,14 @@ from .checks import INFERENCE_STATISTICS
 from .frozen import FrozenKNConv2d, freeze
 from .kernel_norm import KernelNorm1d, KernelNorm2d
 from .kn_conv import KNConv2d
+from .local_context_norm import LocalContextNorm
 
 __all__ = [
     "FrozenKNConv2d",
     "KNConv2d",
     "KernelNorm1d",
     "KernelNorm2d",
+    "LocalContextNorm",
     "freeze",
     "set_inference_statistics",
 ]
