@@ -346,7 +346,9 @@ def test_the_headline_is_what_the_rows_say(tmp_path: Path) -> None:
     path = stored(some_results(), tmp_path / "benchmark_cpu.csv")
     sentence = report.headline(path)
     assert sentence.startswith("Measured on a CPU (a machine: fast), kernel normalization adds 5 %")
-    assert "5 % (knresnet18_cifar, inference, eager, frozen) to 20 % (knresnet18_cif" in sentence
+    assert (
+        "5 % (knresnet18_cifar, batch 64, float32, eager, inference, frozen) to 20 % (" in sentence
+    )
     flops = "a KNResNet-18 has 2.0 times the FLOPs of an ordinary ResNet-18 and takes 2.0 times"
     assert sentence.endswith(f"{flops} as long.")
     slower = some_results(kernel_norm=[150.0, 300.0, 150.0], resnet=[50.0, 120.0, 50.0])
