@@ -346,9 +346,7 @@ def test_the_headline_is_what_the_rows_say(tmp_path: Path) -> None:
     path = stored(some_results(), tmp_path / "benchmark_cpu.csv")
     sentence = report.headline(path)
     assert sentence.startswith("Measured on a CPU (a machine: fast), kernel normalization adds 5 %")
-    assert (
-        "5 % (knresnet18_cifar, batch 64, float32, eager, inference, frozen) to 20 % (" in sentence
-    )
+    assert "5 % (knresnet18_cifar, batch 64, float32, eager, inference, frozen) to 20 %" in sentence
     flops = "a KNResNet-18 has 2.0 times the FLOPs of an ordinary ResNet-18 and takes 2.0 times"
     assert sentence.endswith(f"{flops} as long.")
     slower = some_results(kernel_norm=[150.0, 300.0, 150.0], resnet=[50.0, 120.0, 50.0])
@@ -464,7 +462,7 @@ def bench(path: Path, *arguments: str) -> str:
     """Run the command as a process; return what it prints."""
     script = [sys.executable, str(ROOT / "eval" / "benchmark.py"), "--device", "cpu"]
     script += [*arguments, "--batch-size", "1", "--output", str(path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -484,7 +482,7 @@ def test_the_command_ends_in_time_and_every_cell_has_a_number_or_a_reason(tmp_pa
 
     # a chosen cell is measured again and merged, the others stay
     bench(path, "knresnet8_cifar", "--quick", "--task", "infer", "--mode", "eager",
-          "--variant", "group_norm", "--update")  # fmt: skip
+          "--variant", "group_norm", "--minutes", "4", "--update")  # fmt: skip
     updated = measurements.read(path)
     assert updated.header.pop("updated")
     assert updated.header == results.header
@@ -494,4 +492,6 @@ def test_the_command_ends_in_time_and_every_cell_has_a_number_or_a_reason(tmp_pa
         if row != results.by_cell[row.setting, row.variant]
     }
     setting = updated.setting(updated.networks[0], "infer", "float32", "eager")
-    assert changed == {(setting, "group_norm")}
+    assert (setting, "group_norm") in changed
+    kept = {cell for cell, row in results.by_cell.items() if row.samples_ms}
+    assert changed & kept <= {(setting, "group_norm")}
