@@ -25,8 +25,8 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.eval
 
-verify: $(VENV)/.eval  ## recompute the reported accuracy of the weights that travel with the package
-	$(BIN)/python eval/verify.py --embedded
+verify: $(VENV)/.eval  ## recompute the reported accuracy of the checkpoints in the package
+	$(BIN)/python eval/verify.py --embedded --download
 
 test: $(VENV)/.dev  ## the project's tests
 	$(BIN)/python -m pytest

@@ -152,10 +152,8 @@ class Results:
 
     def sweep_setting(self, workload: Workload, task: str) -> Setting:
         """Return the setting in which a layer of the sweep was measured."""
-        settings = (row.setting for row in self.rows)
-        return next(
-            setting for setting in settings if (setting.workload, setting.task) == (workload, task)
-        )
+        measured = next(row.setting for row in self.rows if row.setting.workload == workload)
+        return measured._replace(task=task)
 
     def time(self, setting: Setting, variant: str) -> Spread | None:
         """Return milliseconds per step."""

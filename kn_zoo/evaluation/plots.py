@@ -84,16 +84,20 @@ def _bar_panels(
 ) -> Figure | None:
     """Draw panels of horizontal bars, one per variant, grouped by network; None without bars."""
     panels = {
-        name: {network: found for network, found in bars.items() if found}
+        name: {network: spreads for network, spreads in bars.items() if spreads}
         for name, bars in panels.items()
     }
     panels = {name: bars for name, bars in panels.items() if bars}
     if not panels:
         return None
-    spreads = [s for bars in panels.values() for found in bars.values() for s in found.values()]
-    longest = max(spread.high for spread in spreads)
+    longest = max(
+        spread.high
+        for bars in panels.values()
+        for spreads in bars.values()
+        for spread in spreads.values()
+    )
     end = min(limit or longest, longest)
-    lines = [sum(len(found) + 1.5 for found in bars.values()) for bars in panels.values()]
+    lines = [sum(len(spreads) + 1.5 for spreads in bars.values()) for bars in panels.values()]
     figure = _new_figure(results, title, 8.5, LINE_INCHES * sum(lines) + 0.6 * len(panels))
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=lines)[:, 0]
     for axis, (name, bars) in zip(axes, panels.items(), strict=True):
@@ -101,7 +105,9 @@ def _bar_panels(
         axis.set_title(name, fontsize=10)
         if limit:  # of ratios
             axis.axvline(1, color="0.6", linewidth=0.8)
-    drawn = {variant for bars in panels.values() for found in bars.values() for variant in found}
+    drawn = {
+        variant for bars in panels.values() for spreads in bars.values() for variant in spreads
+    }
     handles = [
         axes[0].barh(0, 0, color=COLORS[variant], label=VARIANTS[variant])
         for variant in VARIANTS
@@ -115,9 +121,9 @@ def _bars(axis: Any, bars: Bars, end: float, digits: int) -> None:
     """Draw bars from 0 to `end` with their numbers, and minimum to maximum as whiskers."""
     axis.spines[["top", "right"]].set_visible(False)
     y, ticks = 0.0, []
-    for found in bars.values():
-        ticks.append(y + (len(found) - 1) / 2)
-        for variant, spread in found.items():
+    for spreads in bars.values():
+        ticks.append(y + (len(spreads) - 1) / 2)
+        for variant, spread in spreads.items():
             text = f" {spread.median:,.{digits}f}"
             low, length, high = (min(x, end) for x in (spread.low, spread.median, spread.high))
             axis.barh(y, length, 0.85, color=COLORS[variant])

@@ -59,11 +59,10 @@ def _normalization_cost(results: Results) -> str:
     if not ratios:
         raise LookupError("no kernel-normalized network was measured beside its bare convolutions")
     low, high = min(ratios), max(ratios)
-    dtypes = " and ".join(dict.fromkeys(setting.dtype for _, setting, _ in ratios))
     return (
-        f"kernel normalization adds {_added(low[0])} ({_conditions(results, *low[1:])}) to "
-        f"{_added(high[0])} ({_conditions(results, *high[1:])}) to the time of the same network "
-        f"with bare convolutions in {dtypes}"
+        f"kernel normalization adds {_added(low[0])} ({_conditions(*low[1:])}) to "
+        f"{_added(high[0])} ({_conditions(*high[1:])}) to the time of the same network "
+        "with bare convolutions"
     )
 
 
@@ -103,10 +102,8 @@ def _added(ratio: float) -> str:
     return f"{100 * (ratio - 1):.0f} %"
 
 
-def _conditions(results: Results, setting: Setting, variant: str) -> str:
-    frozen = ", frozen" if variant == "frozen" else ""
-    name = results.label(setting.workload)
-    return f"{name}, {TASKS[setting.task]}, {setting.mode}{frozen}"
+def _conditions(setting: Setting, variant: str) -> str:
+    return f"{setting}, frozen" if variant == "frozen" else str(setting)
 
 
 def _range(numbers: list[float]) -> str:

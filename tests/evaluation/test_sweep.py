@@ -27,8 +27,8 @@ NAME, SIDE, IMAGES = "knresnet18.upstream_in1k", 96, 12
 class Sample:
     """A few pictures of smooth noise; the targets are set by the test."""
 
-    class_names = [str(i) for i in range(1000)]  # noqa: RUF012
-    transform = None
+    class_names: list[str] = [str(i) for i in range(1000)]  # noqa: RUF012
+    transform: Any = None
 
     def __init__(self) -> None:
         random = np.random.RandomState(0)
@@ -49,7 +49,7 @@ def prepared(
 ) -> torch.nn.Module:
     """A random network that tells the pictures apart under these inputs and statistics."""
     torch.manual_seed(0)
-    model = timm.create_model("knresnet18")
+    model: Any = timm.create_model("knresnet18")
     mean, std = imported.INPUTS[inputs]
     steps = replace(checkpoint.preprocessing, mean=mean, std=std)
     model.pretrained_cfg.update(replace(checkpoint, preprocessing=steps).pretrained_cfg())
@@ -85,7 +85,7 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             reported=replace(checkpoint.reported, statistics={"sampled": Accuracy(100.0, None)}),
         )
     )
-    cfg = copy.deepcopy(timm.get_pretrained_cfg(NAME))
+    cfg: Any = copy.deepcopy(timm.get_pretrained_cfg(NAME))
     cfg.input_size = (3, SIDE, SIDE)
     for name in (NAME, "knresnet18"):
         monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, name, cfg)

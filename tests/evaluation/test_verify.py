@@ -41,7 +41,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         tiny_zoo.empty_manifest(folder, patch)
         patch.setattr(data, "Digits", FewDigits)
-        model = tiny_zoo.network()
+        model: Any = tiny_zoo.network()
         with torch.no_grad():
             model.get_classifier().weight.mul_(30)  # logits like those of a trained network
         model.pretrained_cfg.update(tiny_zoo.draft().pretrained_cfg())
