@@ -1,4 +1,4 @@
-"""Build steps of the documentation site that no plugin does without a network in the reader's browser.
+"""Build steps of the documentation site, so that a page loads nothing from other hosts.
 
 Formulas become MathML, the tutorial notebook becomes a Markdown page, and figures in results/ join
 the site.

@@ -189,15 +189,15 @@ def recipe_fields() -> Iterator[tuple[str, str, str, str]]:
 def normalized_together() -> Figure:
     """Which numbers of a batch share one mean and variance, for four normalizations."""
     matplotlib.rcParams["svg.hashsalt"] = "kn_zoo"  # the same file every time
-    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     panels: dict[str, Callable[[int, int, int, int], bool]] = {
         "BatchNorm": lambda n, c, i, j: c == 0,
         "LayerNorm": lambda n, c, i, j: n == 0,
         "GroupNorm": lambda n, c, i, j: n == 0 and c < 2,
         "Kernel normalization": lambda n, c, i, j: n == 0 and 1 <= i < 3 and 2 <= j < 4,
     }
-    for axes, (title, together) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        axes.set_title(title, fontsize=12)
+    for axes, (title, together) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        axes.set_title(title, fontsize=13)
         axes.set_aspect("equal")
         axes.set_axis_off()
         for image in range(2):
@@ -217,7 +217,7 @@ def draw_image(axes: Axes, n: int, together: Callable[[int, int, int, int], bool
                     (left + j, bottom + side - 1 - i), 1, 1, fc=color, ec="#7986cb", lw=0.6
                 )
                 axes.add_patch(cell)
-    axes.text(n * 9.5 + 2.5, -0.5, f"image {n + 1}", ha="center", va="top", fontsize=9)
+    axes.text(n * 9.5 + 2.5, -0.5, f"image {n + 1}", ha="center", va="top", fontsize=11)
     axes.set(xlim=(-0.3, 17.5), ylim=(-1.8, 7.8))
 
 

@@ -149,7 +149,9 @@ def listed(words: Iterable[str]) -> str:
 
 # Accuracy against training time and FLOPs
 
-ACCURACY_HEAD = "checkpoint|norm|evaluated on|epochs|batch|seeds|top-1 %|top-5 %|GFLOPs|hours"
+ACCURACY_HEAD = (
+    "checkpoint|norm|data|epochs|batch|seeds|top-1 %|mean (SD) over seeds|top-5 %|GFLOPs|hours"
+)
 
 
 def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -172,15 +174,15 @@ def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
 def accuracy_row(checkpoint: Checkpoint) -> list[str]:
     recipe, reported = settings(checkpoint), checkpoint.reported.statistics["expected"]
     several = checkpoint.mean_and_sd()
-    spread = f" (mean {several[0]:.2f}, SD {several[1]:.2f})" if several else ""
     return [
         f"`{checkpoint.name}`",
         NORMS[checkpoint.norm],
-        f"{checkpoint.dataset.name} {checkpoint.dataset.split}, {checkpoint.dataset.images:,}",
+        checkpoint.dataset.name,
         str(recipe["epochs"]),
         str(recipe["batch_size"]),
         ", ".join(map(str, checkpoint.seeds)),
-        f"{reported.top1:.2f}{spread}",
+        f"{reported.top1:.2f}",
+        f"{several[0]:.2f} ({several[1]:.2f})" if several else "",
         f"{reported.top5:.2f}",
         f"{checkpoint.flops / 1e9:#.3g}",
         environment(checkpoint).get("training", "").removesuffix(" hours"),
@@ -259,7 +261,9 @@ def cost_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
         "[Models](models.md). An empty cell was not measured. [Performance](performance.md) has "
         "every number.",
         table(COST_HEAD, [cost_row(rows, setting) for setting in measured(rows)]),
-        f"Measured on: {recorded['device']}; {recorded['versions']}; {recorded['date']}; {recorded['load']}.",
+        "Measured on: "
+        + "; ".join(recorded[name] for name in ("device", "versions", "date", "load"))
+        + ".",
     ]
 
 
@@ -305,9 +309,7 @@ def measured(rows: Iterable[Row], task: str | None = None) -> list[Setting]:
     )
 
 
-def time_ratio(
-    rows: Iterable[Row], setting: Setting, line: str, to: str = "floor"
-) -> float | None:
+def time_ratio(rows: Iterable[Row], setting: Setting, line: str, to: str = "floor") -> float | None:
     """Median over rounds of the time of `line` over that of `to`; None if one was not measured."""
     samples = {
         row["line"]: [float(ms) for ms in row["samples_ms"].split()]
@@ -419,8 +421,8 @@ def small_batch_section(
     depth = 2 + 2 * sum(recipe["model_args"]["depths"])
     return [
         *parts,
-        f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}`, {epochs} epochs at "
-        f"every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean (SD "
+        f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}`, {epochs} epochs "
+        f"at every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean (SD "
         f"over the seeds). {100 * recipe['held_out']:g} % of the training images are held out; on "
         "them, each learning rate is the best of a search by halving "
         "(`results/small_batch_rates.csv`).",
@@ -495,7 +497,7 @@ def image(name: str, alt: str) -> str:
 
 
 def panels(count: int, title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(1.5 + 4.5 * count, 3.6), layout="constrained")
+    figure = Figure(figsize=(1 + 3.6 * count, 3.2), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, count)
     for panel in [axes] if count == 1 else axes:
