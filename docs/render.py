@@ -25,27 +25,27 @@ def weights_table() -> str:
 
 def where(weight: Checkpoint) -> str:
     """Where a weight's file comes from."""
-    if weight.bundle and weight.file:
-        return "in the package"
-    if weight.hub and weight.file:
-        return f"[Hub](https://huggingface.co/{weight.hub.repository})"
-    return "imported on first use" if weight.upstream else "to train"
+    if weight.source == "on the Hub" and weight.hub:
+        return f"[on the Hub](https://huggingface.co/{weight.hub.repository})"
+    return weight.source
 
 
 def published() -> str:
     """Which weights are on the Hub, which travel with the package, which are imported."""
     weights = manifest.load().values()
-    on_hub = [f"`{w.name}` ({w.hub.id})" for w in weights if w.hub]
-    packaged = [f"`{w.name}`" for w in weights if w.bundle]
-    imported = [f"`{w.name}`" for w in weights if w.upstream]
+    named = {w.name: f"`{w.name}` ({w.hub.id})" if w.hub else f"`{w.name}`" for w in weights}
+
+    def listed(source: str) -> str:
+        return ", ".join(named[w.name] for w in weights if source in w.sources)
+
     unpinned = any(w.upstream and not w.file for w in weights)
     state = "their hashes are not pinned by this project yet" if unpinned else "hashes pinned"
     return "\n".join(
         [
-            f"- Published on the Hugging Face Hub: {', '.join(on_hub) or 'nothing yet'}.",
-            f"- Travel with the package and the repository: {', '.join(packaged) or 'none'}.",
-            f"- Imported from the authors' Google Drive on first use: {', '.join(imported)}; "
-            f"{state}.",
+            f"- Published on the Hugging Face Hub: {listed('on the Hub') or 'nothing yet'}.",
+            f"- Travel with the package and the repository: {listed('in the package') or 'none'}.",
+            "- Imported from the authors' Google Drive on first use: "
+            f"{listed('imported on first use')}; {state}.",
         ]
     )
 
@@ -60,7 +60,7 @@ def weight_row(weight: Checkpoint) -> list[str]:
         f"{weight.dataset.images:,}",
         *top1,
         f"{weight.parameters:,}",
-        f"{weight.flops / 1e9:.3g}",
+        manifest.gflops(weight.flops),
         weight.reported.by,
     ]
 

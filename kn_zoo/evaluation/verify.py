@@ -186,7 +186,7 @@ def verify(weight: Checkpoint, settings: Settings) -> Result:
         result.status = "mismatch" if result.reasons else "match"
     except (data.MissingData, loading.MissingWeights) as error:
         # What should have come with the package and has not is damage; the rest can be had.
-        damaged = weight.bundle and isinstance(error, loading.MissingWeights)
+        damaged = weight.bundle and weight.file and isinstance(error, loading.MissingWeights)
         result.status, result.reasons = "corrupt" if damaged else "skipped", [str(error)]
     except loading.CorruptWeights as error:
         result.status, result.reasons = "corrupt", [str(error)]

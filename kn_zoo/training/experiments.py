@@ -214,7 +214,7 @@ def write_bundle(
         class_names=trainer.class_names,
         dtype=dtype,
         seconds=trainer.state.seconds,
-        folder=folder,
+        target=folder or "package",
     )
     trainer.say(f"wrote {folder or weight.folder}")
 
