@@ -35,7 +35,9 @@ def names(table: str) -> list[str]:
     return [name for name in rows if name]
 
 
-def test_list_has_every_network_and_weight(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_has_every_network_and_checkpoint(
+    zoo: Zoo, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("list") == 0
     listed = names(capsys.readouterr().out)
     ours = {
@@ -65,17 +67,19 @@ def test_list_filters(
     assert set(names(capsys.readouterr().out)) == expected
 
 
-def test_info_tells_what_the_manifest_has(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_entry_of_the_manifest(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (NAME, tiny_zoo.ARCHITECTURE):
         assert run("info", name) == 0
         printed = capsys.readouterr().out
-        assert zoo.weight.file and zoo.weight.file.sha256 in printed
+        assert zoo.checkpoint.file and zoo.checkpoint.file.sha256 in printed
         assert "top-1 25.00 %, top-5 75.00 %" in printed
-        assert f"{zoo.weight.parameters:,}" in printed and f"{zoo.weight.flops:,}" in printed
+        assert (
+            f"{zoo.checkpoint.parameters:,}" in printed and f"{zoo.checkpoint.flops:,}" in printed
+        )
         assert "in the package" in printed and "data CC-BY-4.0" in printed
 
 
-def test_info_measures_a_network_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_measures_a_network_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "knpreactresnet18_cifar") == 0
     model = timm.create_model("knpreactresnet18_cifar")
     printed = capsys.readouterr().out
@@ -93,7 +97,7 @@ def test_predict_is_what_the_model_says(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [digit(tmp_path, number) for number in (3, 70)]
-    assert run("predict", *images) == 0  # by default with the weight that travels with the package
+    assert run("predict", *images) == 0  # by default with the first checkpoint in the package
     printed = capsys.readouterr().out
     assert run("predict", *images, "--model", NAME) == 0
     assert capsys.readouterr().out == printed
@@ -205,10 +209,10 @@ def test_images_are_turned_as_the_camera_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["list", "nothing-like-it"], "nothing is called"),
+        (["list", "nothing-like-it"], "nothing matches 'nothing-like-it'"),
         (["info", "knresnet18_cifra"], "Did you mean knresnet18_cifar"),
         (["predict"], "IMAGE"),
-        (["predict", "x.png", "--model", "knresnet8_cifar"], "No weight is called"),
+        (["predict", "x.png", "--model", "knresnet8_cifar"], "No checkpoint is called"),
         (["predict", "x.png", "--model", "local-dir:nowhere"], "nowhere"),
         (["frobnicate"], "frobnicate"),
         (["list", "--frobnicate"], "frobnicate"),
@@ -222,7 +226,7 @@ def test_bad_usage_is_one_line_and_status_2(
     assert message in err and err.count("\n") == 1 and not out
 
 
-def test_a_corrupt_weight_is_one_line(
+def test_a_corrupt_checkpoint_is_one_line(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = bytearray(zoo.file.read_bytes())
@@ -233,7 +237,7 @@ def test_a_corrupt_weight_is_one_line(
     assert "SHA-256" in err and err.count("\n") == 1 and not out
 
 
-def test_without_weights_predict_says_so(
+def test_predict_without_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_zoo.empty_manifest(tmp_path, monkeypatch)
@@ -247,7 +251,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     if not command.exists():
         pytest.skip("kn_zoo is not installed")
     name = str(tmp_path).encode() + b"/\xff.png"
-    embedded = [weight for weight in manifest.load().values() if weight.bundle]
+    embedded = [checkpoint for checkpoint in manifest.load().values() if checkpoint.bundle]
     done = subprocess.run([command, "predict", name], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert ("No such file" if embedded else "name one with --model") in done.stderr

@@ -89,10 +89,8 @@ def use(checkpoint: Checkpoint) -> str:
     """Explain how to load the checkpoint."""
     if not checkpoint.available:
         return "The weights are not stored. The recipe below trains them again."
-    place = {"repository": "in a clone of kn_zoo"}.get(
-        str(checkpoint.bundle), "with kn_zoo installed"
-    )
-    return f"""With timm, {place}:
+    from_clone = checkpoint.source == "in the repository"
+    return f"""{"In a clone of kn_zoo" if from_clone else "With kn_zoo installed"}:
 
 ```python
 {usage(checkpoint)}

@@ -1,7 +1,7 @@
 """Read files that may be damaged or hostile; replace files and folders atomically.
 
 A weights file is parsed only if its SHA-256 is the expected one; the hashed bytes are parsed, not
-read again. The content is validated all the same, so that a file with a forged hash raises an error.
+read again. The content is validated all the same, so that a file with a forged hash is refused.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 timm's configurations, the model cards and the documentation are generated from it. The dataclasses
 below are its format: one class per JSON object, one field per key. A field with a default is
-optional, and omitted from the file where it has that default. To extend the format, add a field with
-a default, such as ``privacy: Privacy | None = None``.
+optional, and omitted from the file where it has that default. To extend the format, add a field
+with a default, such as ``privacy: Privacy | None = None``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights for a machine without a network, and the order in which places are looked in."""
+"""Checkpoints for a machine without a network, and the order of the places searched."""
 
 import shutil
 import subprocess
@@ -37,7 +37,7 @@ def place(zoo: Zoo, tmp_path: Path) -> Path:
 def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, place: Path) -> None:
     names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
     assert names == {offline.SUMS, *(f"{NAME}/{name}" for name in bundle.FILES)}
-    assert run("verify", place) == 0
+    assert run("check", place) == 0
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--check", "--quiet", offline.SUMS], cwd=place, check=True)
     assert run("download", "--all", place) == 0, "again, over what is there"
@@ -46,7 +46,7 @@ def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, place: Path) -
 
 def test_it_serves_a_machine_without_network(zoo: Zoo, place: Path, tmp_path: Path) -> None:
     """In another process, which has neither bundle nor cache, and whose Hub does not answer."""
-    on_hub = replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT))
+    on_hub = replace(zoo.checkpoint, bundle=None, hub=manifest.Hub("owner/tiny", COMMIT))
     lost = replace(on_hub, name=f"{ARCHITECTURE}.lost", hub=manifest.Hub("owner/lost", COMMIT))
     machine = tiny_zoo.copy_package(tmp_path / "machine", [on_hub, lost])
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:1"}
@@ -61,7 +61,7 @@ def test_it_serves_a_machine_without_network(zoo: Zoo, place: Path, tmp_path: Pa
         file.write_bytes(file.read_bytes()[:-1] + b"!")
         answer = child.load(NAME)
         assert answer["error"] == "CorruptWeights"
-        assert f"kn-zoo verify {place}" in answer["message"]
+        assert f"kn-zoo check {place}" in answer["message"]
     with Child(machine, **environment, KN_ZOO_WEIGHTS=str(tmp_path / "nowhere")) as child:
         answer = child.load(NAME)
         assert answer["error"] == "MissingWeights" and "not a directory" in answer["message"]
@@ -79,16 +79,16 @@ def test_the_order_of_places(
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
     monkeypatch.setenv("KN_ZOO_WEIGHTS", str(place))
-    weight = replace(zoo.weight, hub=manifest.Hub("owner/tiny", COMMIT))
-    assert loading.locate(weight) == zoo.file
+    checkpoint = replace(zoo.checkpoint, hub=manifest.Hub("owner/tiny", COMMIT))
+    assert loading.locate(checkpoint) == zoo.file
     zoo.file.unlink()
-    assert loading.locate(weight) == place / NAME / WEIGHTS_FILE
+    assert loading.locate(checkpoint) == place / NAME / WEIGHTS_FILE
     assert not asked
     shutil.rmtree(place / NAME)
-    assert loading.locate(weight) == tmp_path / "from the hub"
+    assert loading.locate(checkpoint) == tmp_path / "from the hub"
     assert asked == [("owner/tiny", WEIGHTS_FILE, COMMIT)]
     monkeypatch.delenv("KN_ZOO_WEIGHTS")
-    assert loading.locate(replace(weight, bundle=False)) == tmp_path / "from the hub"
+    assert loading.locate(replace(checkpoint, bundle=None)) == tmp_path / "from the hub"
 
 
 def test_a_damaged_file_in_a_directory_is_left_where_it_is(
@@ -97,12 +97,14 @@ def test_a_damaged_file_in_a_directory_is_left_where_it_is(
     """It is not the cache, whatever it is called: nothing there is deleted or fetched again."""
     snapshots = place.rename(place.with_name("snapshots"))
     monkeypatch.setenv("KN_ZOO_WEIGHTS", str(snapshots))
-    manifest.write_entry(replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT)))
+    manifest.write_entry(
+        replace(zoo.checkpoint, bundle=None, hub=manifest.Hub("owner/tiny", COMMIT))
+    )
     tiny_zoo.register(monkeypatch)
     monkeypatch.setattr(loading, "hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
     file = snapshots / NAME / WEIGHTS_FILE
     flip(file)
-    with pytest.raises(loading.CorruptWeights, match="kn-zoo verify"):
+    with pytest.raises(loading.CorruptWeights, match="kn-zoo check"):
         timm.create_model(NAME, pretrained=True)
     assert file.is_file()
 
@@ -117,7 +119,7 @@ def put_beside(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, put_beside], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, bundle.PREDICTIONS, bundle.CARD])
-def test_verify_names_what_is_wrong(
+def test_check_names_what_is_wrong(
     place: Path,
     name: str,
     damage: Callable[[Path], None],
@@ -125,29 +127,29 @@ def test_verify_names_what_is_wrong(
 ) -> None:
     damage(place / NAME / name)
     capsys.readouterr()
-    assert run("verify", place) == 1
+    assert run("check", place) == 1
     printed = capsys.readouterr().out
     assert f"{NAME}/{'extra.bin' if damage is put_beside else name}: " in printed
-    assert "problems" in printed.splitlines()[-1]
+    assert "problem" in printed.splitlines()[-1]
 
 
 def test_sums_that_fit_a_forged_file_do_not_help(place: Path) -> None:
-    """The manifest tells what the tensors are, not the directory."""
+    """The weights are compared with the manifest, not with the directory's own sums."""
     file = place / NAME / WEIGHTS_FILE
     before = (place / offline.SUMS).read_text()
     right = offline.files.sha256(file)
     flip(file)
     (place / offline.SUMS).write_text(before.replace(right, offline.files.sha256(file)))
     (problem,) = offline.problems(place)
-    assert "it must be" in problem
+    assert "expected" in problem
 
 
-def test_a_weight_that_this_version_does_not_know(
+def test_a_checkpoint_that_this_version_does_not_know(
     zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tiny_zoo.empty_manifest(tmp_path / "zoo", monkeypatch)
     manifest._load.cache_clear()
-    assert "upgrade it" in offline.problems(place)[0]
+    assert "Upgrade kn_zoo" in offline.problems(place)[0]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +158,8 @@ def test_a_weight_that_this_version_does_not_know(
         (["download", NAME], "a directory"),
         (["download", NAME, "--all", "x"], "or --all"),
         (["download", "no.such", "x"], "no.such"),
-        (["verify", "nowhere"], "nowhere"),
-        (["import", NAME, "x"], "is not imported"),
+        (["check", "nowhere"], "nowhere"),
+        (["import", NAME, "x"], "is not a checkpoint of the authors"),
         (["import", "knresnet18", "nowhere.pth"], "nowhere.pth"),
         (["pin", "nowhere.json"], "nowhere.json"),
     ],
@@ -191,6 +193,6 @@ def test_a_full_disk_is_told(
     assert not [p for p in (tmp_path / "x").rglob("*") if p.is_file()]
 
 
-def test_timm_lists_the_imported_weights() -> None:
+def test_timm_lists_the_imported_checkpoints() -> None:
     for size in (18, 34, 50):
         assert f"knresnet{size}.upstream_in1k" in timm.list_pretrained()

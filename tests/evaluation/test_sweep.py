@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_upstream import checkpoint
 
 from kn_zoo import cli, data, set_inference_statistics
 from kn_zoo.checkpoints import manifest, predictions, upstream
@@ -21,6 +20,7 @@ from kn_zoo.evaluation import predict as evaluate
 from kn_zoo.evaluation import verify
 from tests.conftest import SHARED
 from tests.evaluation.test_verify import results, run
+from tests.support.authors import saved_checkpoint
 
 NAME, SIDE, IMAGES = "knresnet18.upstream_in1k", 96, 12
 
@@ -104,7 +104,7 @@ def test_the_sweep_finds_what_reproduces_the_published_accuracy(
     predict = evaluate.predict  # so few pictures need no processes to decode them
     here = lambda *args, **options: predict(*args, **{**options, "workers": 0})  # noqa: E731
     monkeypatch.setattr(evaluate, "predict", here)
-    (zoo / "checkpoint.pth").write_bytes(checkpoint(model))
+    (zoo / "checkpoint.pth").write_bytes(saved_checkpoint(model))
     stored = upstream.import_checkpoint(weight, zoo / "checkpoint.pth")
 
     status = run(NAME, "--json", zoo / "found.json")
