@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from kn_zoo.checkpoints.files import WeightsError, WriteError
+from kn_zoo.checkpoints.files import DISK_FULL, WeightsError, WriteError
 from kn_zoo.checkpoints.manifest import ManifestError
 
 # click's error for bad usage, wherever this version of typer keeps its click.
@@ -32,9 +32,11 @@ def run(command: typer.Typer, argv: Sequence[str] | None = None) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if not _discard_stdout():
+        if error.filename or error.errno not in DISK_FULL:  # files are reported with their paths
             raise
-        print(f"{program}: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # otherwise the interpreter flushes it again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{program}: standard output cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     return status or 0
 
@@ -63,13 +65,3 @@ def describe(error: OSError) -> str:
     if isinstance(error, WriteError):
         return str(error.strerror)
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-
-
-def _discard_stdout() -> bool:
-    """Redirect standard output to nowhere if it cannot be written; return whether that is so."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False

@@ -116,7 +116,7 @@ def test_predict_with_a_bundle_of_ones_own(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "mine"
-    tiny_zoo.write(zoo.model, tiny_zoo.draft(), tmp_path / "log", folder=folder)
+    tiny_zoo.write(zoo.model, tiny_zoo.draft(), tmp_path / "log", target=folder)
     image = digit(tmp_path)
     assert run("predict", image, "--model", NAME) == 0
     expected = capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_images_are_turned_as_the_camera_says(tmp_path: Path) -> None:
         (["list", "nothing-like-it"], "nothing matches 'nothing-like-it'"),
         (["info", "knresnet18_cifra"], "Did you mean knresnet18_cifar"),
         (["predict"], "IMAGE"),
-        (["predict", "x.png", "--model", "knresnet8_cifar"], "No checkpoint is called"),
+        (["predict", "x.png", "--model", "knresnet8_cifar"], "There is no checkpoint"),
         (["predict", "x.png", "--model", "local-dir:nowhere"], "nowhere"),
         (["frobnicate"], "frobnicate"),
         (["list", "--frobnicate"], "frobnicate"),
@@ -243,6 +243,28 @@ def test_predict_without_checkpoints(
     tiny_zoo.empty_manifest(tmp_path, monkeypatch)
     assert run("predict", "x.png") == 2
     assert "name one with --model" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["list"], ["info", "knresnet18"]], ids=lambda a: a[0])
+def test_standard_output_on_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    """Both for output that fills Python's buffer, and for output that is written at exit."""
+    command = [sys.executable, "-m", "kn_zoo.cli", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "cli.py: standard output cannot be written: No space left on device\n"
+
+
+def test_list_suggests_names_and_quotes_what_was_typed(
+    zoo: Zoo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("list", "knresnet18_cifr") == 2
+    message = capsys.readouterr().err
+    assert "'knresnet18_cifr'. Did you mean knresnet18_cifar" in message
+    assert run("list", "nosuch") == 2
+    message = capsys.readouterr().err
+    assert "'nosuch'. Run `kn-zoo list`" in message and "*" not in message
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ DIRECTORY = "KN_ZOO_WEIGHTS"  # names a directory that `kn-zoo download` made
 MAX_JSON = 1 << 23  # bytes of a JSON document
 MAX_TEXT = 10_000  # characters of a string in it
 MAX_HEADER = 1 << 20  # bytes of a safetensors header; the largest network here has 40 kB
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class WeightsError(RuntimeError):
@@ -238,7 +238,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        hint = "Free some space" if error.errno in _DISK_FULL else "Check its permissions"
+        hint = "Free some space" if error.errno in DISK_FULL else "Check its permissions"
         raise WriteError(
             error.errno,
             f"{path} cannot be written ({reason}); its previous content is unchanged. "

@@ -237,7 +237,7 @@ def test_a_bundle_of_the_repository_is_not_in_a_wheel(
 
 @pytest.fixture
 def baseline(tmp_path: Path, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    """A checkpoint of which only predictions, log and recipe are stored, in place of a whole one."""
+    """A checkpoint without weights, written in place of one that had them."""
     draft, log = tiny_zoo.draft(f"{tiny_zoo.ARCHITECTURE}.baseline"), tmp_path / "log.csv"
     tiny_zoo.write(zoo.model, draft, log, target="repository")
     written = tiny_zoo.write(zoo.model, draft, log, target="repository", include_weights=False)
@@ -324,7 +324,9 @@ def test_generated_files_of_the_package_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(
-    "checkpoint", [w for w in manifest.load().values() if w.bundle], ids=lambda w: w.name
+    "checkpoint",
+    [entry for entry in manifest.load().values() if entry.bundle and entry.file],
+    ids=lambda entry: entry.name,
 )
 def test_a_stored_checkpoint_makes_the_network_that_was_trained(checkpoint: Checkpoint) -> None:
     model = timm.create_model(checkpoint.name, pretrained=True)

@@ -109,6 +109,42 @@ def test_a_damaged_file_in_a_directory_is_left_where_it_is(
     assert file.is_file()
 
 
+def make_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def make_file(path: Path) -> None:
+    path.parent.write_text("not a bundle")
+
+
+@pytest.mark.parametrize("make", [make_folder, make_file], ids=lambda make: make.__name__)
+def test_something_else_in_the_place_of_a_bundle_is_named(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    make(directory / NAME / WEIGHTS_FILE)
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(directory))
+    with pytest.raises(loading.CorruptWeights, match=f"KN_ZOO_WEIGHTS={directory}") as caught:
+        loading.locate(replace(zoo.checkpoint, bundle=None))
+    assert f"kn-zoo download {NAME} {directory}" in str(caught.value)
+
+
+def test_an_authors_file_without_its_pin_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash is not in the manifest, so that nothing can be said about the file."""
+    entry = replace(manifest.find("knresnet18"), file=None)
+    path = tmp_path / entry.name / WEIGHTS_FILE
+    path.parent.mkdir()
+    path.write_text("anything")
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
+    assert loading.locate(entry) == path
+    with pytest.raises(loading.MissingWeights, match=f"{path} cannot be checked"):
+        loading.read(path, entry)
+
+
 def flip(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
@@ -181,7 +217,7 @@ def test_bad_usage_is_one_line_and_status_2(
     assert message in error and len(error.strip().splitlines()) == 1 and not out
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported_with_the_path(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
@@ -189,7 +225,10 @@ def test_a_full_disk_is_told(
 
     monkeypatch.setattr("os.fsync", full)
     assert run("download", NAME, tmp_path / "x") == 2
-    assert "No space left on device" in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    path = tmp_path / "x" / NAME / WEIGHTS_FILE
+    assert f"{path} cannot be written (No space left on device)" in message
+    assert "Free some space, or choose another directory" in message
     assert not [p for p in (tmp_path / "x").rglob("*") if p.is_file()]
 
 
