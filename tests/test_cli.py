@@ -1,4 +1,4 @@
-"""`kn-zoo` lists what there is, and classifies what can be classified."""
+"""The command `kn-zoo`."""
 
 import io
 import subprocess
@@ -30,7 +30,7 @@ def run(*arguments: object) -> int:
 
 
 def names(table: str) -> list[str]:
-    """The first column of what `list` printed."""
+    """Return the first column of the table that `list` prints."""
     rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
     return [name for name in rows if name]
 
@@ -125,7 +125,7 @@ def test_predict_with_a_bundle_of_ones_own(
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says it has this size; its pixels, all black, take next to no space."""
+    """Return a PNG with this size in its header, and few bytes of black pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content).to_bytes(4, "big")
@@ -134,7 +134,7 @@ def png_of(width: int, height: int) -> bytes:
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
     row = bytes(1 + (width + 7) // 8)
     deflate, pixels = zlib.compressobj(), b""
-    for _ in range(min(height, 100)):  # the rest is missing, which nobody gets to see
+    for _ in range(min(height, 100)):  # a large image is refused before its pixels are read
         pixels += deflate.compress(row)
     pixels += deflate.flush()
     start = b"\x89PNG\r\n\x1a\n"
@@ -184,7 +184,7 @@ def test_an_unusable_image_is_one_line_and_the_rest_go_on(
 
 @pytest.mark.parametrize("flip", range(40))
 def test_damaged_files_never_raise(tmp_path: Path, flip: int) -> None:
-    """Whatever a decoder makes of flipped bytes: an image or an `UnusableImage`."""
+    """A damaged file gives an image or an `UnusableImage`."""
     random = np.random.RandomState(flip)
     form = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO")[flip % 8]
     content = bytearray(encoded(NOISE, form))
@@ -268,7 +268,7 @@ def test_list_suggests_names_and_quotes_what_was_typed(
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    """The installed command, as a process of its own, with a file name that is no text."""
+    """The installed command in another process, with a file name that is not text."""
     command = Path(sys.executable).with_name("kn-zoo")
     if not command.exists():
         pytest.skip("kn_zoo is not installed")

@@ -1,4 +1,4 @@
-"""Bundles: whole or not at all, and the same to timm, to the Hub and to a wheel."""
+"""Bundles: written atomically, and readable by timm, the Hub and an installed package."""
 
 import errno
 import importlib.util
@@ -146,7 +146,7 @@ def test_a_new_bundle_replaces_all_of_the_old(tmp_path: Path, zoo: Zoo) -> None:
 def test_a_full_disk_leaves_the_old_bundle(
     tmp_path: Path, zoo: Zoo, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
-    """Full at the first file, at the second, ..., when folders change places, at the manifest."""
+    """The disk is full at each file, at each renaming of a folder, and at the manifest."""
     calls = itertools.count()
 
     def fails_once(function: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Hostile files: whatever they say, an exception that says why, in bounded time and memory."""
+"""Hostile files raise a precise exception, within bounded time and memory."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def told(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def refused(what: str, read: Callable[[], Any], *errors: type[Exception]) -> Exception | None:
-    """The precise exception that reading ends in, if it does; any other one fails the test."""
+    """Return the expected exception that reading raises, if any; another one fails the test."""
     start = time.process_time()
     caught = None
     try:
@@ -89,7 +89,7 @@ def entry(dtype: object = "F32", shape: object = (4,), offsets: object = (0, 16)
 @given(st.data())
 @FUZZ
 def test_safetensors_with_flipped_bits_or_cut(data: st.DataObject) -> None:
-    """Either it is refused, or nothing but numbers within tensors has changed."""
+    """The file is refused, or only numbers within tensors have changed."""
     changed = bytearray(RIGHT)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(changed) - 1))
@@ -137,9 +137,9 @@ def test_safetensors_with_another_header(header: dict[str, Any]) -> None:
     data = with_header(header)
 
     def read() -> None:
-        found = parsed(data)
-        assert sum(x.numel() * x.element_size() for x in found.values()) <= 64
-        assert found.keys() <= header.keys()
+        tensors = parsed(data)
+        assert sum(x.numel() * x.element_size() for x in tensors.values()) <= 64
+        assert tensors.keys() <= header.keys()
 
     refused("safetensors with other headers", read, ValueError)
 
@@ -185,8 +185,8 @@ def test_a_file_of_another_network_does_not_load(zoo: Zoo) -> None:
         {**tensors, key: tensors[key].float()},
     ]
     try:
-        for found in wrong:
-            data = to_safetensors({k: v.contiguous() for k, v in found.items()})
+        for content in wrong:
+            data = to_safetensors({k: v.contiguous() for k, v in content.items()})
             zoo.file.write_bytes(data)
             file = manifest.File(hashlib.sha256(data).hexdigest(), len(data), "float16")
             manifest.write_entry(tiny_zoo.replace(zoo.checkpoint, file=file))
@@ -226,12 +226,12 @@ odd = st.one_of(
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
+    nested = [path] if path else []
     for key in (
         value if isinstance(value, dict) else range(len(value) if type(value) is list else 0)
     ):
-        found += paths(value[key], (*path, key))
-    return found
+        nested += paths(value[key], (*path, key))
+    return nested
 
 
 PLACES = [path for path in paths(ENTRY) if path[0] != "model_args"]
@@ -240,7 +240,7 @@ PLACES = [path for path in paths(ENTRY) if path[0] != "model_args"]
 @given(st.sampled_from(PLACES), odd)
 @FUZZ
 def test_a_manifest_with_another_value(tmp_path: Path, place: tuple[Any, ...], value: Any) -> None:
-    """Any field with any value: refused, or of the type and form that the class says."""
+    """A field with any value is refused, or has the type and the form of its class."""
     changed = json.loads(json.dumps(ENTRY))
     inner = changed
     for key in place[:-1]:
@@ -296,8 +296,7 @@ def test_manifest_bombs(tmp_path: Path, text: bytes) -> None:
 @given(st.data())
 @settings(FUZZ, max_examples=100)
 def test_a_bundle_with_another_config_or_card(zoo: Zoo, data: st.DataObject) -> None:
-    """It is not published: both follow from the manifest, to the byte, but for the classes' names.
-    Readers refuse it too."""
+    """It is neither published nor read: the manifest determines all of it but the class names."""
     name = data.draw(st.sampled_from([bundle.CONFIG, bundle.CARD]))
     path = zoo.checkpoint.folder / name
     right = path.read_bytes()
@@ -377,7 +376,7 @@ def test_sums_of_a_directory(tmp_path: Path, text: list[str], more: bytes) -> No
 
 
 def test_links_in_a_directory_are_not_followed(zoo: Zoo, tmp_path: Path) -> None:
-    """Neither to write through them, nor to take what they show for a file of the directory."""
+    """Nothing is written through a link, and its target is not a file of the directory."""
     place, outside = tmp_path / "place", tmp_path / "outside"
     outside.mkdir()
     offline.add([zoo.checkpoint], place)
@@ -386,7 +385,7 @@ def test_links_in_a_directory_are_not_followed(zoo: Zoo, tmp_path: Path) -> None
     victim.write_bytes((place / NAME / bundle.CARD).read_bytes())
     (place / NAME / bundle.CARD).unlink()
     (place / NAME / bundle.CARD).symlink_to(victim)
-    assert any("not a plain file" in line for line in offline.problems(place))
+    assert any("not a regular file" in line for line in offline.problems(place))
     victim.write_text("mine")
     offline.add([zoo.checkpoint], place)
     assert victim.read_text() == "mine" and offline.problems(place) == []

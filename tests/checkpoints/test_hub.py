@@ -1,4 +1,4 @@
-"""The real Hugging Face client against a Hub on this machine: load, and whatever can break."""
+"""Loading with the real Hugging Face client from a Hub on the loopback interface, with faults."""
 
 import functools
 import hashlib
@@ -129,7 +129,7 @@ def test_every_name_loads_and_missing_files_are_reported(
         missing = child.load(NAME, cache_dir=next(caches))
         refused(missing, "MissingWeights", "does not exist", "Upgrade kn_zoo")
 
-        # another file in its place: longer, cut, empty, of the same length, another network's
+        # a wrong file: longer, cut, empty, of the same length, of another network
         other = to_safetensors(tiny_zoo.network(1).state_dict())
         for wrong in (whole[:-1] + b"\0\0", whole[:-1], b"", whole[::-1], other):
             hashes = hashlib.sha256(wrong).hexdigest(), hashlib.sha256(whole).hexdigest()
@@ -142,15 +142,17 @@ def test_every_name_loads_and_missing_files_are_reported(
                 refused(child.load(name, cache_dir=next(caches)), "CorruptWeights", *hashes)
         stored[OWN][manifest.WEIGHTS_FILE] = other
         own = child.load(f"hf-hub:{OWN}", cache_dir=next(caches))
-        assert own == {"sha256": digest(tiny_zoo.network(1))}, "not in the manifest, not compared"
+        assert own == {"sha256": digest(tiny_zoo.network(1))}, (
+            "a repository of the user's own is not compared"
+        )
 
-        # what came wrong is in the cache: it is named, and fetched once more on the next call
+        # a wrong file in the cache is named, and downloaded again by the next call
         spoilt = next(caches)
         refused(child.load(NAME, cache_dir=spoilt), "CorruptWeights", f"Delete {spoilt}")
         stored[REPOSITORY][manifest.WEIGHTS_FILE] = whole
         assert child.load(NAME, cache_dir=spoilt) == right
 
-        # no network: what is cached loads without asking anyone, the rest says what to do
+        # without a network the cache serves its files without a request; other files give a hint
         asked = len(hub.requests)
         assert child.load(NAME) == right
         assert len(hub.requests) == asked, "a commit in the cache needs no request"
@@ -196,9 +198,10 @@ TOKEN = ("MissingWeights", "does not accept your token", "unset HF_TOKEN")
 ABSENT = ("MissingWeights", "does not exist", "Upgrade kn_zoo")
 HEAD, GET = ("HEAD", "/resolve/"), ("GET", "/cdn/")
 status, cut, replaced, head = loopback.status, loopback.cut, loopback.replaced, loopback.head
-hostile = "../" * 9 + "tmp/kn_zoo_was_here"
+OUTSIDE = "kn_zoo_was_here"
+hostile = "../" * 9 + f"tmp/{OUTSIDE}"
 FAULTS: list[tuple[tuple[str, str], Any, int, tuple[str, ...]]] = [
-    # the question where the file is
+    # the request for the address of the file
     *((HEAD, status(code), 1, LOADS) for code in (408, 429, 500, 502, 503, 504)),
     *((HEAD, status(code), ALWAYS, UNREACHABLE) for code in (429, 500, 503)),
     (HEAD, status(429, Retry_After="1"), 2, LOADS),
@@ -258,7 +261,7 @@ def test_whatever_breaks_nothing_wrong_is_loaded(
     tell: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
-    """Each fault on an empty cache; once it is over the same cache serves the right numbers."""
+    """Each fault meets an empty cache; afterwards the same cache provides the right numbers."""
     right = {"sha256": digest(zoo.model)}
     loaded, refusals, surprises = 0, 0, []
     before = set(Path("/tmp").iterdir())
@@ -282,7 +285,9 @@ def test_whatever_breaks_nothing_wrong_is_loaded(
                 surprises.append((number, happened, recovered, unfinished, texts, answer))
     assert not surprises
     assert hub.resumed >= 4, "what was cut is resumed where it broke off"
-    assert not [path for path in set(Path("/tmp").iterdir()) - before if "kn_zoo" in path.name]
+    assert not [
+        path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith(OUTSIDE)
+    ]
     tell(
         f"Hub on loopback: {len(FAULTS)} faults while loading: {loaded} overcome, {refusals} "
         "refused with a hint, 0 loaded wrong"
@@ -292,7 +297,7 @@ def test_whatever_breaks_nothing_wrong_is_loaded(
 def test_a_cache_that_cannot_be_written(
     zoo: Zoo, package: Path, hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """It serves what it has; what it has not is an error that names another place."""
+    """A read-only cache provides its files; a missing file is an error with a hint."""
     right = {"sha256": digest(zoo.model)}
     empty, full = tmp_path / "empty", tmp_path / "full"
     empty.mkdir()
@@ -335,8 +340,8 @@ def test_eight_processes_download_once(
     tmp_path: Path,
     tell: Callable[[str], None],
 ) -> None:
-    """They have imported everything when they part, so that they do ask at the same moment."""
-    hub.faults.append(Fault("GET", "/cdn/", loopback.trickle(10, 1), ALWAYS))
+    """The processes are forked after the imports, so that they request the file together."""
+    hub.faults.append(Fault("GET", "/cdn/", loopback.trickle(20, 6), ALWAYS))
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", EIGHT, NAME, str(tmp_path / "out")]
     variables = {**os.environ, **environment, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: the right numbers by every path, or no model and an error that helps."""
+"""Loading a checkpoint: the right numbers on every path, or an error with a hint."""
 
 import copy
 import hashlib

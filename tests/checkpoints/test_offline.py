@@ -29,48 +29,50 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture
-def place(zoo: Zoo, tmp_path: Path) -> Path:
+def directory(zoo: Zoo, tmp_path: Path) -> Path:
     assert run("download", NAME, tmp_path / "a stick") == 0
     return tmp_path / "a stick"
 
 
-def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, place: Path) -> None:
-    names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, directory: Path) -> None:
+    names = {
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    }
     assert names == {offline.SUMS, *(f"{NAME}/{name}" for name in bundle.FILES)}
-    assert run("check", place) == 0
+    assert run("check", directory) == 0
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--check", "--quiet", offline.SUMS], cwd=place, check=True)
-    assert run("download", "--all", place) == 0, "again, over what is there"
-    assert offline.problems(place) == []
+        subprocess.run(["sha256sum", "--check", "--quiet", offline.SUMS], cwd=directory, check=True)
+    assert run("download", "--all", directory) == 0, "again, over what is there"
+    assert offline.problems(directory) == []
 
 
-def test_it_serves_a_machine_without_network(zoo: Zoo, place: Path, tmp_path: Path) -> None:
-    """In another process, which has neither bundle nor cache, and whose Hub does not answer."""
+def test_it_serves_a_machine_without_network(zoo: Zoo, directory: Path, tmp_path: Path) -> None:
+    """Another process has neither bundle nor cache, and its Hub does not answer."""
     on_hub = replace(zoo.checkpoint, bundle=None, hub=manifest.Hub("owner/tiny", COMMIT))
     lost = replace(on_hub, name=f"{ARCHITECTURE}.lost", hub=manifest.Hub("owner/lost", COMMIT))
     machine = tiny_zoo.copy_package(tmp_path / "machine", [on_hub, lost])
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:1"}
     environment = {**home, "HF_HUB_OFFLINE": "1", "HF_HUB_VERBOSITY": "critical"}
-    with Child(machine, **environment, KN_ZOO_WEIGHTS=str(place)) as child:
-        found = child.load(NAME)
-        assert set(found) == {"sha256"}
-        assert child.load(f"local-dir:{place / NAME}") == found
+    with Child(machine, **environment, KN_ZOO_WEIGHTS=str(directory)) as child:
+        loaded = child.load(NAME)
+        assert set(loaded) == {"sha256"}
+        assert child.load(f"local-dir:{directory / NAME}") == loaded
         answer = child.load(lost.name)
         assert answer["error"] == "MissingWeights" and "kn-zoo download" in answer["message"]
-        file = place / NAME / WEIGHTS_FILE
+        file = directory / NAME / WEIGHTS_FILE
         file.write_bytes(file.read_bytes()[:-1] + b"!")
         answer = child.load(NAME)
         assert answer["error"] == "CorruptWeights"
-        assert f"kn-zoo check {place}" in answer["message"]
+        assert f"kn-zoo check {directory}" in answer["message"]
     with Child(machine, **environment, KN_ZOO_WEIGHTS=str(tmp_path / "nowhere")) as child:
         answer = child.load(NAME)
         assert answer["error"] == "MissingWeights" and "not a directory" in answer["message"]
 
 
 def test_the_order_of_places(
-    zoo: Zoo, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zoo: Zoo, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Package, directory, cache and Hub; the file of each is known by where it lies."""
+    """Package, directory, cache and Hub; the path of the file shows where it came from."""
     asked = []
 
     def download(repository: str, filename: str, revision: str, **options: object) -> str:
@@ -78,13 +80,13 @@ def test_the_order_of_places(
         return str(tmp_path / "from the hub")
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
-    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(place))
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(directory))
     checkpoint = replace(zoo.checkpoint, hub=manifest.Hub("owner/tiny", COMMIT))
     assert loading.locate(checkpoint) == zoo.file
     zoo.file.unlink()
-    assert loading.locate(checkpoint) == place / NAME / WEIGHTS_FILE
+    assert loading.locate(checkpoint) == directory / NAME / WEIGHTS_FILE
     assert not asked
-    shutil.rmtree(place / NAME)
+    shutil.rmtree(directory / NAME)
     assert loading.locate(checkpoint) == tmp_path / "from the hub"
     assert asked == [("owner/tiny", WEIGHTS_FILE, COMMIT)]
     monkeypatch.delenv("KN_ZOO_WEIGHTS")
@@ -92,10 +94,10 @@ def test_the_order_of_places(
 
 
 def test_a_damaged_file_in_a_directory_is_left_where_it_is(
-    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch
+    zoo: Zoo, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not the cache, whatever it is called: nothing there is deleted or fetched again."""
-    snapshots = place.rename(place.with_name("snapshots"))
+    """A directory is not the cache, even if named like it: no file in it is replaced."""
+    snapshots = directory.rename(directory.with_name("snapshots"))
     monkeypatch.setenv("KN_ZOO_WEIGHTS", str(snapshots))
     manifest.write_entry(
         replace(zoo.checkpoint, bundle=None, hub=manifest.Hub("owner/tiny", COMMIT))
@@ -133,7 +135,7 @@ def test_something_else_in_the_place_of_a_bundle_is_named(
 def test_an_authors_file_without_its_pin_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its hash is not in the manifest, so that nothing can be said about the file."""
+    """Its hash is not in the manifest, so that the file cannot be checked."""
     entry = replace(manifest.find("knresnet18"), file=None)
     path = tmp_path / entry.name / WEIGHTS_FILE
     path.parent.mkdir()
@@ -156,36 +158,36 @@ def put_beside(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, Path.unlink, put_beside], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, bundle.PREDICTIONS, bundle.CARD])
 def test_check_names_what_is_wrong(
-    place: Path,
+    directory: Path,
     name: str,
     damage: Callable[[Path], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage(place / NAME / name)
+    damage(directory / NAME / name)
     capsys.readouterr()
-    assert run("check", place) == 1
+    assert run("check", directory) == 1
     printed = capsys.readouterr().out
     assert f"{NAME}/{'extra.bin' if damage is put_beside else name}: " in printed
     assert "problem" in printed.splitlines()[-1]
 
 
-def test_sums_that_fit_a_forged_file_do_not_help(place: Path) -> None:
+def test_sums_that_fit_a_forged_file_do_not_help(directory: Path) -> None:
     """The weights are compared with the manifest, not with the directory's own sums."""
-    file = place / NAME / WEIGHTS_FILE
-    before = (place / offline.SUMS).read_text()
+    file = directory / NAME / WEIGHTS_FILE
+    before = (directory / offline.SUMS).read_text()
     right = offline.files.sha256(file)
     flip(file)
-    (place / offline.SUMS).write_text(before.replace(right, offline.files.sha256(file)))
-    (problem,) = offline.problems(place)
+    (directory / offline.SUMS).write_text(before.replace(right, offline.files.sha256(file)))
+    (problem,) = offline.problems(directory)
     assert "expected" in problem
 
 
 def test_a_checkpoint_that_this_version_does_not_know(
-    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    zoo: Zoo, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tiny_zoo.empty_manifest(tmp_path / "zoo", monkeypatch)
     manifest._load.cache_clear()
-    assert "Upgrade kn_zoo" in offline.problems(place)[0]
+    assert "Upgrade kn_zoo" in offline.problems(directory)[0]
 
 
 @pytest.mark.parametrize(

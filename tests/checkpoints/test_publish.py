@@ -159,7 +159,7 @@ FAULTS = [
 def test_whatever_breaks_the_next_push_ends_as_it_should(
     zoo: Zoo, server: Hub, api: HfApi, tell: Callable[[str], None]
 ) -> None:
-    """A push is done or not: the manifest has a commit hash only if it is."""
+    """The manifest has a commit hash only if the push succeeded."""
     written, checkpoint = manifest.PATH.read_bytes(), manifest.find(NAME)
     card_before, done, surprises = (checkpoint.folder / bundle.CARD).read_bytes(), 0, []
     for number, ((method, path), act, times, text) in enumerate(FAULTS):
@@ -256,7 +256,7 @@ def test_an_unverified_checkpoint_is_published_only_if_waived(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The checkpoint is said to be measured on 12 images, of which its predictions are random."""
+    """The entry names 12 images, and the stored predictions are random."""
     for needed, other, status in (("data", "verify", "skipped"), ("verify", "data", "mismatch")):
         for arguments in ([NAME], [NAME, "--waive", other], ["--all", "--dry-run"]):
             assert push(*arguments) == 2
@@ -322,7 +322,7 @@ def test_the_journey_of_a_checkpoint(server: Hub, tmp_path: Path) -> None:
         command, cwd=checkout, env={**os.environ, **variables}, capture_output=True, text=True
     )
     assert done.returncode == 0, done
-    (written,) = json.loads((checkout / "weights_manifest.json").read_text())["weights"]
+    (written,) = json.loads((checkout / "weights_manifest.json").read_text())["checkpoints"]
     oid, _ = server.repositories[repository].commits[-1]
     assert written["hub"] == {"repository": repository, "revision": oid}
     assert f"{repository}@{oid}" in done.stdout
@@ -337,7 +337,7 @@ def test_the_journey_of_a_checkpoint(server: Hub, tmp_path: Path) -> None:
     numbers = b"".join(x.numpy().tobytes() for x in model.state_dict().values())
     assert by_name == by_hub == {"sha256": loopback.sha256(numbers)}
 
-    # what the card says, pasted
+    # the code of the card
     published = server.repositories[repository].commits[-1][1][bundle.CARD].decode()
     (snippet,) = re.findall(r"```python\n(import timm, kn_zoo.*?)\n```", published, re.S)
     assert snippet == usage(elsewhere) and "hf-hub:" in snippet

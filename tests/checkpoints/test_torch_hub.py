@@ -1,4 +1,4 @@
-"""torch.hub: from a clean process, and its list and help of every model."""
+"""torch.hub: loading in a clean process, and list and help of every model."""
 
 import re
 import shutil
@@ -53,7 +53,7 @@ def test_torch_hub_in_a_clean_process(zoo: Zoo, tmp_path: Path, place: str, root
 
 @pytest.fixture
 def github(tmp_path: Path) -> Iterator[str]:
-    """The checkout as torch.hub keeps a repository that it has downloaded."""
+    """The checkout in torch.hub's cache, as a downloaded repository."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(tmp_path))
     (tmp_path / "owner_kn-zoo_main").symlink_to(tiny_zoo.ROOT)

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: imported as they are, and nothing else is, whatever a pickle tries."""
+"""The import of the authors' checkpoints, which refuses every other and every hostile file."""
 
 import argparse
 import io
@@ -58,7 +58,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
 
 @pytest.fixture
 def drive(published: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drive]:
-    """Google Drive, as far as the downloader can see, whose pages come from this machine."""
+    """Redirect the downloader's requests for Google Drive to the loopback interface."""
     server = Drive({ID: published})
 
     class Rerouted(requests.adapters.HTTPAdapter):
@@ -163,7 +163,7 @@ def test_the_projects_hash_wins(
 def test_what_drive_may_answer(
     checkpoint: Checkpoint, published: bytes, drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is an error of one line that tells the way by hand; nothing is kept of it."""
+    """Each answer is an error of one line with the manual way; no file of it is kept."""
     wrong: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         ("quota", lambda: setattr(drive, "quota", True), loading.MissingWeights, "Too many users"),
         ("gone", lambda: drive.files.clear(), loading.MissingWeights, "404|link of the file"),
@@ -200,7 +200,7 @@ def test_by_hand(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`kn-zoo import`, then a directory for a machine that has neither network nor pin."""
+    """`kn-zoo import`, then a directory for a machine without network and pin."""
     path, place = tmp_path / "knresnet18_imagenet.pth", tmp_path / "usb stick"
     path.write_bytes(published)
     assert cli.run(cli.app, ["import", "knresnet18", str(path)]) == 0
@@ -247,7 +247,7 @@ def test_another_networks_tensors_are_refused(
 
 
 class Calls:
-    """Unpickling it calls a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
@@ -263,7 +263,7 @@ def saved(document: Any) -> bytes:
 
 
 def with_pickle(instructions: bytes, name: str = "archive/data.pkl", **options: Any) -> bytes:
-    """An archive as torch.save writes it around other instructions."""
+    """Return an archive as torch.save writes it, with other pickle instructions."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", **options) as archive:
         archive.writestr(name, instructions)
@@ -344,7 +344,7 @@ def bombs(tmp_path: Path) -> dict[str, bytes]:
 def test_hostile_checkpoints_are_refused(
     checkpoint: Checkpoint, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    """In one line, with nothing run and nothing kept."""
+    """Each is an error of one line; no code is run and no file is kept."""
     hostile = bombs(tmp_path)
     path, slowest = tmp_path / "hostile.pth", 0.0
     peak = Peak()

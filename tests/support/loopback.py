@@ -117,9 +117,9 @@ class Request(BaseHTTPRequestHandler):
         """Send a response, unless a fault replaces it."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if status == 200 and "Accept-Ranges" in headers:
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            if wanted and int(wanted[1]) < len(data):
-                start, whole = int(wanted[1]), len(data)
+            requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if requested and int(requested[1]) < len(data):
+                start, whole = int(requested[1]), len(data)
                 self.server.resumed += start > 0
                 data, status = data[start:], 206
                 headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
@@ -228,7 +228,7 @@ class HubRequest(Request):
         self.json({"url": f"{self.server.endpoint}/{name}"})
 
     def validate(self, card: str) -> None:
-        """Front matter: YAML with a licence, and results that the client's own parser takes."""
+        """Check the front matter: a licence, and results that the client can parse."""
         try:
             front = yaml.safe_load(card.split("---\n")[1])
             if (
