@@ -1,7 +1,6 @@
 """Bundles: written atomically, and readable by timm, the Hub and an installed package."""
 
 import errno
-import importlib.util
 import itertools
 import json
 import os
@@ -338,8 +337,8 @@ def test_a_stored_checkpoint_makes_the_network_that_was_trained(checkpoint: Chec
     assert list(given.state_dict()) == list(model.state_dict())
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("hatchling"), reason="hatchling is not installed")
 def test_a_wheel_has_the_manifest_and_every_bundle(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=tiny_zoo.ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -241,7 +241,7 @@ def test_reported_accuracy_is_that_of_the_stored_predictions(checkpoint: Checkpo
 
 @by_name(list(manifest.load().values()))
 def test_timm_knows_what_the_manifest_says(checkpoint: Checkpoint) -> None:
-    cfg = timm.get_pretrained_cfg(checkpoint.name)
+    cfg: Any = timm.get_pretrained_cfg(checkpoint.name)
     registered = {key: getattr(cfg, key) for key in ("input_size", "mean", "std", "interpolation")}
     expected = {key: getattr(checkpoint.preprocessing, key) for key in registered}
     assert registered == expected
@@ -260,7 +260,8 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert manifest.find("some_net.planned") == planned
     assert manifest.find("some_net") == ready, "the default is the first that can be loaded"
     assert list(manifest.pretrained_cfgs("some_net")) == ["some_net.planned", "some_net.ready*"]
-    default = timm.models.generate_default_cfgs(manifest.pretrained_cfgs("some_net"))["some_net"]
+    cfgs: Any = manifest.pretrained_cfgs("some_net")
+    default = timm.models.generate_default_cfgs(cfgs)["some_net"]
     assert default.tags[0] == "ready"
     with pytest.raises(LookupError, match=r"some_net\.ready"):
         manifest.find("some_net.redy")

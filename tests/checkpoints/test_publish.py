@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -161,7 +162,8 @@ def test_whatever_breaks_the_next_push_ends_as_it_should(
 ) -> None:
     """The manifest has a commit hash only if the push succeeded."""
     written, checkpoint = manifest.PATH.read_bytes(), manifest.find(NAME)
-    card_before, done, surprises = (checkpoint.folder / bundle.CARD).read_bytes(), 0, []
+    card_before, done = (checkpoint.folder / bundle.CARD).read_bytes(), 0
+    surprises: list[tuple[Any, ...]] = []
     for number, ((method, path), act, times, text) in enumerate(FAULTS):
         server.repositories.clear()
         server.large.clear()
@@ -219,9 +221,10 @@ def test_the_hub_takes_the_card(
     loaded = ModelCard(text)
     loaded.validate()
     assert server.count("POST", "/api/validate-yaml") == 1
-    assert (loaded.data.license, loaded.data.library_name) == ("mit", "timm")
-    assert "arxiv:2205.10089" in loaded.data.tags
-    results = loaded.data.eval_results
+    data: Any = loaded.data
+    assert (data.license, data.library_name) == ("mit", "timm")
+    assert "arxiv:2205.10089" in data.tags
+    results = data.eval_results
     assert results and all(isinstance(result, EvalResult) for result in results)
     for part in (
         "Intended use and limitations",

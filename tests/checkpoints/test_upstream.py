@@ -62,11 +62,11 @@ def drive(published: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drive]:
     server = Drive({ID: published})
 
     class Rerouted(requests.adapters.HTTPAdapter):
-        def send(self, request: Any, **options: Any) -> Any:
+        def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
             url = urlsplit(request.url)
             assert url.scheme == "https" and url.netloc.endswith(".google.com")
             request.url = f"{server.endpoint}{url.path}?{url.query}"
-            response = super().send(request, **options)
+            response = super().send(request, *arguments, **options)
             response.url = url.geturl()
             return response
 

@@ -327,9 +327,9 @@ class HubRequest(Request):
         if commit is None:
             return self.refuse(404, "Invalid rev id", "RevisionNotFound")
         if file not in commit[1]:
-            return self.refuse(404, "Entry not commit", "EntryNotFound")
+            return self.refuse(404, "Entry not found", "EntryNotFound")
         content = commit[1][file]
-        headers = {"X-Repo-Commit": commit[0], "Accept-Ranges": "bytes"}
+        headers: dict[str, Any] = {"X-Repo-Commit": commit[0], "Accept-Ranges": "bytes"}
         if not is_large(file):
             return self.answer(content, ETag=f'"{git_hash(content)}"', **headers)
         self.server.large[sha256(content)] = content
