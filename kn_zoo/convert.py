@@ -65,34 +65,9 @@ PASSING_MODULES = {
     m.__name__
     for m in (activation, dropout, padding, pooling, upsampling, activations, activations_me)
 }
-PASSING_FUNCTIONS = set(
-    [
-        "relu",
-        "relu_",
-        "relu6",
-        "gelu",
-        "silu",
-        "mish",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "sigmoid",
-        "hardsigmoid",
-        "tanh",
-        "dropout",
-        "dropout2d",
-        "contiguous",
-        "clone",
-        "to",
-        "float",
-        "pad",
-        "interpolate",
-        "max_pool2d",
-        "avg_pool2d",
-    ]
-)
+ACTIVATIONS = "relu relu_ relu6 gelu silu mish hardswish hardtanh leaky_relu elu selu sigmoid tanh"
+OTHERS = "hardsigmoid dropout dropout2d contiguous clone to float pad interpolate max_pool2d"
+PASSING_FUNCTIONS = {*ACTIVATIONS.split(" "), *OTHERS.split(" "), "avg_pool2d", "max_pool3d"}
 MERGES = {"add", "iadd", "cat", "concat", "mul", "imul"}
 HEAD_CLASSES = (nn.Linear, nn.ConvTranspose2d, nn.ConvTranspose3d, *CONVOLUTIONS)
 HEAD_FUNCTIONS = {"mean", "amax", "flatten", "view", "reshape", "linear"}
@@ -361,7 +336,10 @@ class _Plan:
         return {n.op for n in _nearest(node, _users, self.passes)} == {"output"}
 
     def is_head(self, node: fx.Node) -> bool:
+        """Whether a head may begin here: with global pooling, or a layer that is not converted."""
         module = self.module(node)
+        if self.fate(node) == "convert":
+            return False
         if module is None:
             return self.operation(node) in HEAD_FUNCTIONS
         return isinstance(module, HEAD_CLASSES) or _is_global_pool(module)
@@ -382,7 +360,7 @@ class _Plan:
             elif convolutions and all(map(self.is_candidate, convolutions)):
                 for convolution in convolutions:
                     self.set_fate(convolution, "convert", "")
-                self.set_fate(norm, "remove", f"{convolutions[0].target} normalizes")
+                self.set_fate(norm, "remove", _normalizer(norm, convolutions))
             elif not self.traced and any(map(self.is_norm, sources)):
                 raise ValueError(
                     f"{norm.target!r} follows another norm in the order of the model's modules, "
@@ -396,8 +374,7 @@ class _Plan:
             if targets and ready and not has_convolution:
                 for convolution in targets:
                     self.set_fate(convolution, "convert", "")
-                names = ", ".join(sorted(str(n.target) for n in targets))
-                self.set_fate(norm, "remove", f"{names} normalizes")
+                self.set_fate(norm, "remove", _normalizer(norm, targets))
             elif not isinstance(self.module(norm), BATCH_NORMS):
                 self.set_fate(norm, "keep", "does not depend on the batch")
             elif not self.traced and not norm.all_input_nodes:
@@ -411,7 +388,7 @@ class _Plan:
                 self.set_fate(norm, "kernel norm", reason if "convert" in later else BEFORE_HEAD)
 
     def _plan_convolutions_without_norm(self) -> None:
-        """Convert what read the output of a norm that is gone, such as the convolutions of an FPN."""
+        """Convert the readers of norms that are gone, such as the convolutions of an FPN."""
         for node in filter(self.is_candidate, self.graph.nodes if self.traced else ()):
             sources = _nearest(node, _inputs, self.passes_or_merges)
             if "remove" in map(self.fate, sources) and not self.is_last(node):
@@ -476,10 +453,17 @@ class _Plan:
     def _stage_that_ends(self, node: fx.Node) -> str | None:
         """The outermost nn.Sequential whose output a node is."""
         for name in _enclosing(node):
-            if isinstance(self.modules.get(name), nn.Sequential) and name:
-                if not any(name in _enclosing(user) for user in node.users):
-                    return name
+            ends = not any(name in _enclosing(user) for user in node.users)
+            if name and ends and isinstance(self.modules[name], nn.Sequential):
+                return name
         return None
+
+
+def _normalizer(norm: fx.Node, convolutions: list[fx.Node]) -> str:
+    """Which convolutions do a norm's work; names beside it without their parent's."""
+    parent = str(norm.target).rpartition(".")[0] + "."
+    names = sorted({str(node.target).removeprefix(parent) for node in convolutions})
+    return f"{' and '.join(names)} normalize{'s' if len(names) == 1 else ''}"
 
 
 def _enclosing(node: fx.Node) -> list[str]:
