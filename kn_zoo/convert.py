@@ -211,7 +211,7 @@ class _Tracer(fx.Tracer):
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    whole = (*NORMS, *KERNEL_LAYERS, *get_notrace_modules())
+    whole = (*NORMS, *CONVOLUTIONS, *KERNEL_LAYERS, *get_notrace_modules())
     return isinstance(module, whole) or next(module.children(), None) is None
 
 

@@ -44,11 +44,10 @@ INTRODUCTION = """# Kernel normalization
 A kernel-normalized convolution subtracts the mean of each window of its input and divides by the
 window's standard deviation. In training, dropout acts on these two statistics. At inference, they
 are the expectation over dropout masks, are computed without dropout, or are sampled as in training.
-Upload an image, or choose a sample, to compare the three and to see the first layer's statistics."""
+Upload an image or choose a sample, to compare the three and to see the first layer's statistics."""
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto; }
 .gradio-container img { image-rendering: pixelated; }
-@media (max-width: 500px) { .gradio-container > .main { padding: 16px !important; } }
 #samples, #samples .grid-wrap { min-height: 0 !important; }
 """
 
