@@ -300,6 +300,19 @@ def predict(
     return 2 if failed else 0
 
 
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+) -> int:
+    """Serve a page on this machine that classifies images and shows what KNConv sees."""
+    try:
+        from kn_zoo import demo as page
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error}: pip install 'kn_zoo[demo]'") from None
+    page.serve(port)
+    return 0
+
+
 def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:
     """Return a model in eval mode and the names of its classes."""
     try:
