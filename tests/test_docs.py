@@ -34,13 +34,6 @@ def test_generated_parts_are_up_to_date():
     assert done.returncode == 0, "run `make docs`"
 
 
-def test_check_finds_a_stale_page(tmp_path, monkeypatch):
-    page = tmp_path / "results.md"
-    page.write_text("stale", encoding="utf-8")
-    monkeypatch.setattr(results, "PAGE", page)
-    assert results.page() != page.read_text(encoding="utf-8")
-
-
 def test_readme_is_short():
     assert len(README.splitlines()) <= 130
 

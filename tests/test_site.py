@@ -1,5 +1,4 @@
-"""The documentation site builds, its links lead somewhere, it loads nothing from other hosts, and the
-tutorial runs."""
+"""The documentation site builds, its links work, it loads nothing from elsewhere; the tutorial runs."""
 
 import re
 import subprocess
