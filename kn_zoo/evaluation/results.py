@@ -148,10 +148,9 @@ def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return [
         "## Accuracy, training time and FLOPs",
         "All checkpoints trained by this project. Accuracy is that of the stored file under "
-        "`expected` statistics; each row is one run unless it names several seeds, whose mean and SD "
-        "follow. FLOPs are for "
-        "one image, with multiplications and additions counted separately. Hours count the "
-        "parameter updates of one run. The machine was shared with other work, so hours are "
+        "`expected` statistics; each row is one run unless it names several seeds, whose mean and "
+        "SD follow. FLOPs are for one image, with multiplications and additions counted "
+        "separately. Hours count the parameter updates of one run. The machine was shared with other work, so hours are "
         "indicative; [Cost](#cost) was measured separately.",
         table(ACCURACY_HEAD, [accuracy_row(checkpoint) for checkpoint in checkpoints]),
         "GroupNorm has 32 groups, or fewer where that leaves less than two channels to a group.",
@@ -412,9 +411,9 @@ def small_batch_section(
     return [
         *parts,
         f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}`, {epochs} epochs "
-        f"at every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean (SD) "
-        f"over the seeds. {100 * recipe['held_out']:g} % of the training images are held out; on "
-        "them, each learning rate is the best of a search by halving "
+        f"at every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean "
+        f"(SD) over the seeds. {100 * recipe['held_out']:g} % of the training images are held out; "
+        "on them, each learning rate is the best of a search by halving "
         "(`results/small_batch_rates.csv`).",
         table("|".join(["batch", *names, f"rates: {' / '.join(names)}"]), cells),
         image("small_batch", "top-1 by batch size"),
