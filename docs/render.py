@@ -140,7 +140,7 @@ def model_row(family: str, name: str) -> list[str]:
     return [
         family,
         f"`{name}`",
-        " x ".join(map(str, size)),
+        "x".join(map(str, size)),
         str(model.num_classes),
         f"{bundle.parameters(model):,}",
         manifest.gflops(bundle.flops(model, size)),
@@ -162,7 +162,12 @@ def norms(name: str) -> str:
 def recipe_table() -> str:
     """The fields of `Recipe`; what they mean is said by the comments beside them."""
     rows = [
-        [f"`{name}`", f"`{kind}`".replace("|", "\\|"), default and f"`{default}`", meaning]
+        [
+            f"`{name}`",
+            f"`{kind}`".replace(" | None`", "` or None"),
+            default and f"`{default}`",
+            meaning,
+        ]
         for name, kind, default, meaning in recipe_fields()
     ]
     return table("field|type|default|meaning", rows)
