@@ -150,8 +150,8 @@ def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "All checkpoints trained by this project. Accuracy is that of the stored file under "
         "`expected` statistics; each row is one run unless it names several seeds, whose mean and "
         "SD follow. FLOPs are for one image, with multiplications and additions counted "
-        "separately. Hours count the parameter updates of one run. The machine was shared with other work, so hours are "
-        "indicative; [Cost](#cost) was measured separately.",
+        "separately. Hours count the parameter updates of one run. The machine was shared "
+        "with other work, so hours are indicative; [Cost](#cost) was measured separately.",
         table(ACCURACY_HEAD, [accuracy_row(checkpoint) for checkpoint in checkpoints]),
         "GroupNorm has 32 groups, or fewer where that leaves less than two channels to a group.",
         *(
