@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import timm
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import kn_zoo
 from kn_zoo.checkpoints import bundle, manifest
@@ -28,7 +28,7 @@ from kn_zoo.evaluation.results import STATISTICS, table
 from kn_zoo.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-FIGURE = ROOT / "docs" / "assets" / "normalized_together.svg"
+FIGURE = ROOT / "docs" / "assets" / "normalized_together.png"
 FAMILIES = {  # the module of a network, and what it is called
     "knresnet": "KNResNet",
     "knpreactresnet": "KN-PreActResNet",
@@ -193,7 +193,6 @@ def recipe_fields() -> Iterator[tuple[str, str, str, str]]:
 
 def normalized_together() -> Figure:
     """Which numbers of a batch share one mean and variance, for four normalizations."""
-    matplotlib.rcParams["svg.hashsalt"] = "kn_zoo"  # the same file every time
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     panels: dict[str, Callable[[int, int, int, int], bool]] = {
         "BatchNorm": lambda n, c, i, j: c == 0,
@@ -218,7 +217,7 @@ def draw_image(axes: Axes, n: int, together: Callable[[int, int, int, int], bool
         for i in range(side):
             for j in range(side):
                 color = "#3f51b5" if together(n, c, i, j) else "#e8eaf6"
-                cell = matplotlib.patches.Rectangle(
+                cell = Rectangle(
                     (left + j, bottom + side - 1 - i), 1, 1, fc=color, ec="#7986cb", lw=0.6
                 )
                 axes.add_patch(cell)
@@ -276,7 +275,7 @@ def main(check: bool) -> int:
         return int(bool(stale))
     for path, text in stale.items():
         manifest.write_text(path, text)
-    for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE)]:
+    for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE, dpi=200)]:
         print(f"wrote {path.relative_to(ROOT)}")
     return 0
 

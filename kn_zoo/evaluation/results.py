@@ -495,11 +495,9 @@ def panels(count: int, title: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure in the format of its suffix, as a whole or not at all."""
-    kind = path.suffix[1:]
-    metadata = {"Software": None} if kind == "png" else {"Date": None}
+def save(figure: Figure, path: Path, dpi: int = 110) -> Path:
+    """Write a figure as a PNG file, as a whole or not at all."""
     beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=110, format=kind, metadata=metadata)
+    figure.savefig(beside, dpi=dpi, format="png", metadata={"Software": None})
     os.replace(beside, path)
     return path
