@@ -67,7 +67,7 @@ def test_onnx(tmp_path):
 
 
 def test_what_cannot_be_frozen():
-    with pytest.raises(ValueError, match="no KNConv2d"):
+    with pytest.raises(ValueError, match="no KNConv layer"):
         kn_zoo.freeze(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="set_inference_statistics"):
         kn_zoo.freeze(network(inference_statistics="sampled"))
