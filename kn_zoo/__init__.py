@@ -6,12 +6,24 @@ Importing this package registers its models with timm and does nothing else.
 __version__ = "0.1.0"
 
 from . import models
-from .layers import KernelNorm1d, KernelNorm2d, KNConv2d, freeze, set_inference_statistics
+from .layers import (
+    KernelNorm1d,
+    KernelNorm2d,
+    KernelNorm3d,
+    KNConv1d,
+    KNConv2d,
+    KNConv3d,
+    freeze,
+    set_inference_statistics,
+)
 
 __all__ = [
+    "KNConv1d",
     "KNConv2d",
+    "KNConv3d",
     "KernelNorm1d",
     "KernelNorm2d",
+    "KernelNorm3d",
     "__version__",
     "freeze",
     "models",

@@ -37,8 +37,8 @@ def kn_conv_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a KNConv layer's output, and the mu and 1 / sqrt(var + eps) that made it.
 
-    Both maps, (N, 1, *S') or (1, *S') as `x` is batched or not, are those of this very call,
-    dropout mask included; where the eager kernels run they carry no gradient. With G the gradient of the
+    Both maps, (N, 1, *S') or (1, *S') as `x` is batched or not, are those of this very call, with
+    its dropout mask; where the eager kernels run they carry no gradient. With G the gradient of the
     output (0 where a ReLU is 0), an image's gradient of the weight is that of a convolution of x
     for G * rstd, minus the sum over pixels of G * rstd * mu, the same for all numbers of a filter.
 
@@ -402,16 +402,15 @@ def _check_input(x: Tensor, window: Window) -> None:
     if x.dim() != dims + 2:
         raise ValueError(f"input of {x.dim()} dimensions: use {dims + 2}, or {dims + 1} unbatched")
     fits = True
-    spans: list[str] = []
-    sizes: list[str] = []
+    spans: list[int] = []
+    sizes: list[int] = []
     for i in range(dims):
-        span = window.dilation[i] * (window.kernel_size[i] - 1) + 1
-        size = x.shape[i + 2] + window.padding[-2 * i - 1] + window.padding[-2 * i - 2]
-        fits = fits and span <= size
-        spans.append(str(span))
-        sizes.append(str(size))
+        spans.append(window.dilation[i] * (window.kernel_size[i] - 1) + 1)
+        sizes.append(x.shape[i + 2] + window.padding[-2 * i - 1] + window.padding[-2 * i - 2])
+        fits = fits and spans[i] <= sizes[i]
     if not fits:
         raise ValueError(
-            f"a window of {' x '.join(spans)} pixels does not fit the padded input of "
-            f"{' x '.join(sizes)}: use a larger input, more padding or a smaller kernel"
+            f"a window of {' x '.join([str(n) for n in spans])} pixels does not fit the padded "
+            f"input of {' x '.join([str(n) for n in sizes])}: use a larger input, more padding or "
+            "a smaller kernel"
         )

@@ -558,7 +558,7 @@ def test_unsupported_settings_name_the_cure(arguments, cure):
 @pytest.mark.parametrize("size", [0, -1, (3, 0), (1, 2, 3), True, 1.5])
 def test_kernel_sizes_that_are_none(size):
     for layer in (KernelNorm2d, lambda kernel_size: KNConv2d(3, 4, kernel_size)):
-        with pytest.raises(ValueError, match="kernel_size=.*: use a positive int"):
+        with pytest.raises(ValueError, match=r"kernel_size=.*: use a positive int"):
             layer(size)
     with pytest.raises(ValueError, match="dilation=0: use a positive int"):
         KNConv2d(3, 4, 3, dilation=0)
