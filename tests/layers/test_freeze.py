@@ -1,11 +1,13 @@
 """Frozen networks: the same outputs from one convolution a layer, and what they are for."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import kn_zoo
 from kn_zoo.layers import FrozenKNConv2d, KNConv2d
@@ -67,7 +69,68 @@ def test_onnx(tmp_path):
 
 
 def test_what_cannot_be_frozen():
-    with pytest.raises(ValueError, match="no KNConv2d"):
+    with pytest.raises(ValueError, match="no KNConv layer"):
         kn_zoo.freeze(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="set_inference_statistics"):
         kn_zoo.freeze(network(inference_statistics="sampled"))
+
+
+class Doubled(KNConv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked() -> KNConv2d:
+    layer = KNConv2d(3, 4, 3)
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    return layer
+
+
+def test_layers_that_would_change_are_refused_by_name():
+    pruned, parametrized = KNConv2d(3, 4, 3), KNConv2d(3, 4, 3)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    parametrizations.weight_norm(parametrized)
+    layers = {
+        r"cannot freeze stem, which has hooks: remove": hooked(),
+        r"cannot freeze stem, a Doubled": Doubled(3, 4, 3),
+        r"cannot freeze stem, which is pruned: .*prune.remove": pruned,
+        r"cannot freeze stem, which is parametrized: .*remove_parametrizations": parametrized,
+    }
+    for message, layer in layers.items():
+        model = nn.Sequential(OrderedDict(stem=layer, body=KNConv2d(4, 4, 1))).eval()
+        with pytest.raises(ValueError, match=message):
+            kn_zoo.freeze(model)
+    with pytest.raises(ValueError, match=r"stem.*; last, which is pruned"):
+        last = prune.random_unstructured(nn.Conv2d(4, 4, 1), "weight", 0.5)
+        kn_zoo.freeze(nn.Sequential(OrderedDict(stem=hooked(), last=last)))
+
+    prune.remove(pruned, "weight")
+    parametrize.remove_parametrizations(parametrized, "weight")
+    x = torch.randn(1, 3, 6, 5)
+    for layer in (pruned.eval(), parametrized.eval()):
+        torch.testing.assert_close(kn_zoo.freeze(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_other_modules_are_kept():
+    model = nn.Sequential(KNConv2d(3, 4, 3), nn.ReLU()).eval()
+    model[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.randn(1, 3, 6, 5)
+    torch.testing.assert_close(kn_zoo.freeze(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_used_twice_is_frozen_once():
+    shared = KNConv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared, nn.ReLU())).eval()
+    frozen = kn_zoo.freeze(model)
+    assert isinstance(frozen[0], FrozenKNConv2d)
+    assert frozen[0] is frozen[2][0]
+    x = torch.randn(1, 4, 6, 5)
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_model_keeps_its_statistics():
+    frozen = kn_zoo.freeze(network())
+    with pytest.raises(
+        ValueError, match=r"is frozen.*set_inference_statistics.*before kn_zoo.freeze"
+    ):
+        kn_zoo.set_inference_statistics(frozen, "plain")
