@@ -170,7 +170,7 @@ def plain_networks(draw: st.DrawFn) -> list[nn.Module]:
             groups=groups, bias=draw(st.booleans()),
         )  # fmt: skip
         before = draw(st.booleans())
-        norm = draw(st.sampled_from([nn.BatchNorm2d, partial(nn.GroupNorm, 2)]))
+        norm: Any = draw(st.sampled_from([nn.BatchNorm2d, partial(nn.GroupNorm, 2)]))
         norm_act = [norm(channels if before else width), nn.ReLU()]
         modules += [*norm_act, conv] if before else [conv, *norm_act]
         channels = width

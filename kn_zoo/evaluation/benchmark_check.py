@@ -1,6 +1,6 @@
 """How far the layers are from the paper's formulas in float64, on the device that is timed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 
 import torch
@@ -57,7 +57,7 @@ def layer_errors(
     return infer, relative(output, wanted), max(relative(a, b) for a, b in pairs)
 
 
-def passes(forward: torch.nn.Module, layer: KNConv2d, x: Tensor) -> list[Tensor]:
+def passes(forward: Callable[[Tensor], Tensor], layer: KNConv2d, x: Tensor) -> list[Tensor]:
     """The output, and the gradients of a fixed sum of it for x, weight and bias."""
     x = x.detach().requires_grad_()
     out = forward(x)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,14 @@ NORMS = {1: KernelNorm1d, 2: KernelNorm2d, 3: KernelNorm3d}
 PARENTS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def windows_of(x, kernel_size, stride, dilation):
+def windows_of(x: Any, kernel_size: Any, stride: Any, dilation: Any) -> Any:
     """(N, C, *S) -> (N, C, *S', *kernel_size), all windows of a padded input."""
     for i, (size, step, delta) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
         x = x.unfold(i + 2, delta * (size - 1) + 1, step)[..., ::delta]
     return x
 
 
-def statistics_of(windows, dims, p):
+def statistics_of(windows: Any, dims: Any, p: Any) -> Any:
     """mu and variance expected under dropout p, of all channels: two (N, 1, *S')."""
     n_dims = (1, *range(2 + dims, 2 + 2 * dims))
     n = windows.shape[1] * windows[0, 0].flatten(0, dims - 1)[0].numel()
@@ -36,7 +37,7 @@ def statistics_of(windows, dims, p):
     return mu.unsqueeze(1), var.unsqueeze(1)
 
 
-def direct_conv(layer, x):
+def direct_conv(layer: Any, x: Any) -> Any:
     """KNConv of any dimensions by its definition."""
     dims = len(layer.kernel_size)
     x = F.pad(x, layer.padding_sides)
@@ -56,7 +57,7 @@ def direct_conv(layer, x):
     return out.relu() if layer.relu else out
 
 
-def direct_norm(layer, x):
+def direct_norm(layer: Any, x: Any) -> Any:
     """KernelNorm of any dimensions by its definition."""
     dims = len(layer.kernel_size)
     windows = windows_of(F.pad(x, layer.padding_sides), layer.kernel_size, layer.stride, [1] * dims)
@@ -70,11 +71,11 @@ def direct_norm(layer, x):
 
 
 @st.composite
-def layers_of_any_dimensions(draw):
+def layers_of_any_dimensions(draw: Any) -> Any:
     """A convolution or a norm of 1, 2 or 3 dimensions, its definition, and an input it accepts."""
     dims = draw(st.sampled_from([1, 2, 3]))
 
-    def numbers(low, high, count=dims):
+    def numbers(low: Any, high: Any, count: Any = dims) -> Any:
         return tuple(draw(st.integers(low, high)) for _ in range(count))
 
     kernel_size, stride = numbers(1, 3), numbers(1, 2)
@@ -88,7 +89,7 @@ def layers_of_any_dimensions(draw):
     channels = groups * draw(st.integers(1, 3))
     dilation = numbers(1, 2)
     if draw(st.booleans()):
-        layer = CONVS[dims](
+        layer: nn.Module = CONVS[dims](
             channels,
             2 * groups,
             kernel_size,
@@ -113,7 +114,7 @@ def layers_of_any_dimensions(draw):
 
 @given(layers_of_any_dimensions())
 @settings(max_examples=100, deadline=None)
-def test_equals_the_definition_with_gradients(drawn):
+def test_equals_the_definition_with_gradients(drawn: Any) -> None:
     layer, definition, x = drawn
     results = []
     for run in (layer, lambda x: definition(layer, x)):
@@ -129,7 +130,7 @@ def test_equals_the_definition_with_gradients(drawn):
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_options_are_those_of_two_dimensions(dims):
+def test_options_are_those_of_two_dimensions(dims: Any) -> None:
     torch.manual_seed(0)
     layer, parent = CONVS[dims](16, 4, 3, 2, 1), PARENTS[dims](16, 4, 3, 2, 1)
     assert isinstance(layer, PARENTS[dims])
@@ -161,7 +162,7 @@ def test_options_are_those_of_two_dimensions(dims):
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_frozen_scripted_exported_and_copied(dims):
+def test_frozen_scripted_exported_and_copied(dims: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(CONVS[dims](3, 16, 3, padding=1, relu=True), CONVS[dims](16, 2, 2)).eval()
     x = torch.randn(2, 3, *[6] * dims)
@@ -176,7 +177,7 @@ def test_frozen_scripted_exported_and_copied(dims):
 
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles(dims, training):
+def test_compiles(dims: Any, training: Any) -> None:
     torch.manual_seed(0)
     layer = CONVS[dims](4, 3, 3, padding=1, dropout_p=0.0).train(training)
     x = torch.randn(2, 4, *[6] * dims)
@@ -188,7 +189,7 @@ def test_compiles(dims, training):
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_second_derivatives(dims):
+def test_second_derivatives(dims: Any) -> None:
     torch.manual_seed(0)
     layer = CONVS[dims](2, 2, 2, padding=1).double().eval()
     x = torch.randn(1, 2, *[2] * dims, dtype=torch.float64, requires_grad=True)
@@ -196,7 +197,7 @@ def test_second_derivatives(dims):
     assert torch.autograd.gradgradcheck(layer, x)
 
 
-def test_float32_is_exact_for_volumes_far_from_zero():
+def test_float32_is_exact_for_volumes_far_from_zero() -> None:
     torch.manual_seed(0)
     for groups, mean in itertools.product([1, 4], [0.0, 30.0, 1000.0]):
         layer = KNConv3d(32, 8, 3, padding=1, groups=groups, inference_statistics="plain").eval()

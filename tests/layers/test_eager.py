@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def run(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], direction)]
 
 
-def assert_all_close(found, expected, tolerance):
+def assert_all_close(found: Any, expected: Any, tolerance: Any) -> None:
     for a, b in zip(found, expected, strict=True):
         scale = max(1.0, float(b.detach().abs().max()))
         torch.testing.assert_close(a / scale, b / scale, rtol=tolerance, atol=tolerance)
@@ -34,7 +35,7 @@ def assert_all_close(found, expected, tolerance):
 
 @given(convolutions(), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_results_are_the_same_without_eager_kernels(drawn, training):
+def test_results_are_the_same_without_eager_kernels(drawn: Any, training: Any) -> None:
     """What remains if the folder is deleted: the dense form, for every layer."""
     layer, x = drawn
     layer = layer.double().train(training)
@@ -50,7 +51,7 @@ def test_results_are_the_same_without_eager_kernels(drawn, training):
 
 @given(convolutions(), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_results_are_the_same_for_the_same_mask(drawn, relu):
+def test_results_are_the_same_for_the_same_mask(drawn: Any, relu: Any) -> Any:
     layer, x = drawn
     layer, x = layer.double().train(), x.double()
     layer.dropout_p, layer.relu = 0.2, relu
@@ -59,7 +60,7 @@ def test_results_are_the_same_for_the_same_mask(drawn, relu):
     torch.manual_seed(3)
     seed = int(torch.randint(2**62, ()))
 
-    def dense(x, weight, bias, settings):
+    def dense(x: Any, weight: Any, bias: Any, settings: Any) -> Any:
         mask = dropout_mask(chunks.dense_layout(x), settings.dropout_p, seed)
         moments = functional.channel_moments(x * mask, 0.0)
         return functional.kn_conv(x, weight, bias, settings, moments)
@@ -72,7 +73,7 @@ def test_results_are_the_same_for_the_same_mask(drawn, relu):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_chunks_make_no_difference(dropout_p, memory_format, monkeypatch):
+def test_chunks_make_no_difference(dropout_p: Any, memory_format: Any, monkeypatch: Any) -> None:
     torch.manual_seed(0)
     layer = KNConv2d(16, 8, 3, padding=1, groups=2, dropout_p=dropout_p).double()
     x = torch.randn(7, 16, 6, 5, dtype=torch.float64).contiguous(memory_format=memory_format)
@@ -85,7 +86,7 @@ def test_chunks_make_no_difference(dropout_p, memory_format, monkeypatch):
         assert_all_close(result, results[0], 1e-12)
 
 
-def test_statistics_are_those_of_the_call():
+def test_statistics_are_those_of_the_call() -> None:
     torch.manual_seed(0)
     layer = KNConv2d(16, 4, 3, padding=1, dropout_p=0.2, relu=True).double().train()
     x = torch.randn(3, 16, 6, 5, dtype=torch.float64)
@@ -104,7 +105,7 @@ def test_statistics_are_those_of_the_call():
     torch.testing.assert_close(grad, per_sample)
 
 
-def test_where_eager_kernels_run():
+def test_where_eager_kernels_run() -> None:
     window = functional.Window([3, 3], [1, 1], [1] * 4, [1, 1])
     plain = functional.ConvSettings(window, 1, 0.0, "mask", 0.0, 1e-5, True, True, False)
     masks = plain._replace(dropout_p=0.1)
@@ -121,11 +122,11 @@ def test_where_eager_kernels_run():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_forward_mode(training):
+def test_forward_mode(training: Any) -> None:
     """Against reverse mode, by torch.func and by dual numbers."""
     torch.manual_seed(0)
     layer = KNConv2d(4, 3, 3, padding=1, dropout_p=0.0, relu=True).double().train(training)
-    x, tangent = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64)
+    x, tangent = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64).unbind()
     out, found = torch.func.jvp(layer, (x,), (tangent,))
     direction = torch.randn_like(out)
     (pulled,) = torch.autograd.grad(layer(x.requires_grad_()), x, direction)
@@ -135,7 +136,7 @@ def test_forward_mode(training):
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, found)
 
 
-def test_vmap_in_training_draws_a_mask_each():
+def test_vmap_in_training_draws_a_mask_each() -> None:
     layer = KNConv2d(16, 4, 3, padding=1, dropout_p=0.5).train()
     x = torch.randn(1, 16, 6, 5).expand(4, -1, -1, -1)
     y = torch.vmap(lambda x: layer(x[None])[0], randomness="different")(x)
@@ -146,7 +147,7 @@ def test_vmap_in_training_draws_a_mask_each():
         torch.vmap(lambda x: layer(x[None])[0])(x)
 
 
-def test_masks_have_independent_elements_of_probability_p():
+def test_masks_have_independent_elements_of_probability_p() -> None:
     x = torch.empty(64, 3, 32, 32)
     for p in (0.02, 0.5, 0.9):
         kept = dropout_mask(x, p, 7) > 0
@@ -159,11 +160,11 @@ def test_masks_have_independent_elements_of_probability_p():
     assert not torch.equal(dropout_mask(x, 0.5, 7), dropout_mask(x, 0.5, 8))
 
 
-def test_eager_kernels_take_the_layers_default():
+def test_eager_kernels_take_the_layers_default() -> Any:
     layer, x = KNConv2d(3, 4, 3).eval(), torch.randn(1, 3, 5, 5)
     called = []
 
-    def spy(*arguments):
+    def spy(*arguments: Any) -> Any:
         called.append(True)
         return kn_conv_eager(*arguments)
 
@@ -175,7 +176,7 @@ def test_eager_kernels_take_the_layers_default():
 
 @pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_dropout_has_the_moments_of_a_mask(channels, memory_format):
+def test_dropout_has_the_moments_of_a_mask(channels: Any, memory_format: Any) -> None:
     """Means and variances of the per-pixel statistics over draws, both ways of drawing."""
     torch.manual_seed(0)
     p, draws = 0.2, 20_000
@@ -196,7 +197,7 @@ def test_dropout_has_the_moments_of_a_mask(channels, memory_format):
 
 @pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_backward_uses_the_mask_of_the_forward_pass(channels, memory_format):
+def test_backward_uses_the_mask_of_the_forward_pass(channels: Any, memory_format: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, channels, 4, 3, dtype=torch.float64).to(memory_format=memory_format)
     x.requires_grad_()

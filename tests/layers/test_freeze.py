@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import timm
@@ -13,13 +14,13 @@ import kn_zoo
 from kn_zoo.layers import FrozenKNConv2d, KNConv2d
 
 
-def network(**kwargs) -> nn.Module:
+def network(**kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model("knpreactresnet20_cifar", num_classes=10, in_chans=3, **kwargs).eval()
 
 
 @pytest.mark.parametrize("statistics", ["expected", "plain"])
-def test_same_outputs(statistics):
+def test_same_outputs(statistics: Any) -> None:
     model = network(inference_statistics=statistics)
     before = copy.deepcopy(model.state_dict())
     frozen = kn_zoo.freeze(model)
@@ -33,13 +34,13 @@ def test_same_outputs(statistics):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("padding", [1, (1, 0, 2, 1)])
-def test_single_layer(groups, padding):
+def test_single_layer(groups: Any, padding: Any) -> None:
     layer = KNConv2d(4, 6, 3, 2, padding, groups=groups, dropout_p=0.2).double().eval()
     x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
     torch.testing.assert_close(kn_zoo.freeze(layer)(x), layer(x), rtol=1e-10, atol=1e-10)
 
 
-def test_compile_and_export(tmp_path):
+def test_compile_and_export(tmp_path: Any) -> None:
     model = network()
     frozen = kn_zoo.freeze(model)
     x = torch.rand(2, 3, 32, 32)
@@ -53,7 +54,7 @@ def test_compile_and_export(tmp_path):
     assert len(convolutions) == 21, "one convolution a layer"
 
 
-def test_onnx(tmp_path):
+def test_onnx(tmp_path: Any) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     model = network()
@@ -68,7 +69,7 @@ def test_onnx(tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_frozen():
+def test_what_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match="no KNConv layer"):
         kn_zoo.freeze(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="set_inference_statistics"):
@@ -76,7 +77,7 @@ def test_what_cannot_be_frozen():
 
 
 class Doubled(KNConv2d):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return 2 * super().forward(x)
 
 
@@ -86,7 +87,7 @@ def hooked() -> KNConv2d:
     return layer
 
 
-def test_layers_that_would_change_are_refused_by_name():
+def test_layers_that_would_change_are_refused_by_name() -> None:
     pruned, parametrized = KNConv2d(3, 4, 3), KNConv2d(3, 4, 3)
     prune.l1_unstructured(pruned, "weight", 0.5)
     parametrizations.weight_norm(parametrized)
@@ -111,14 +112,14 @@ def test_layers_that_would_change_are_refused_by_name():
         torch.testing.assert_close(kn_zoo.freeze(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
-def test_hooks_of_other_modules_are_kept():
+def test_hooks_of_other_modules_are_kept() -> None:
     model = nn.Sequential(KNConv2d(3, 4, 3), nn.ReLU()).eval()
     model[1].register_forward_hook(lambda module, inputs, output: output + 1)
     x = torch.randn(1, 3, 6, 5)
     torch.testing.assert_close(kn_zoo.freeze(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_used_twice_is_frozen_once():
+def test_a_layer_used_twice_is_frozen_once() -> None:
     shared = KNConv2d(4, 4, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared, nn.ReLU())).eval()
     frozen = kn_zoo.freeze(model)
@@ -128,7 +129,7 @@ def test_a_layer_used_twice_is_frozen_once():
     torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_frozen_model_keeps_its_statistics():
+def test_a_frozen_model_keeps_its_statistics() -> None:
     frozen = kn_zoo.freeze(network())
     with pytest.raises(
         ValueError, match=r"is frozen.*set_inference_statistics.*before kn_zoo.freeze"

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ LAYERS = {"KNConv2d": KNConv2d, "KernelNorm2d": KernelNorm2d, "KernelNorm1d": Ke
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-def reference_of(layer: KNConv2d) -> ReferenceKNConv2d:
+def reference_of(layer: KNConv2d) -> KNConv2d:
     """The same layer, unfolding every window, in float64."""
     slow = copy.deepcopy(layer).double()
     slow.__class__ = ReferenceKNConv2d
@@ -44,7 +45,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @st.composite
-def convolutions(draw):
+def convolutions(draw: Any) -> Any:
     """A KNConv2d of any settings and an input it accepts."""
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
@@ -75,16 +76,16 @@ def convolutions(draw):
     return layer, x.to(memory_format=draw(st.sampled_from(FORMATS)))
 
 
-def upstream_cases(folder):
+def upstream_cases(folder: Any) -> Any:
     arrays = np.load(folder / "layers.npz")
     for i, case in enumerate(json.loads(str(arrays["cases"]))):
-        names = ("x", "y", "std", "weight", "bias")
-        names += ("grad_output", "grad_input", "grad_weight", "grad_bias")
+        names = ["x", "y", "std", "weight", "bias"]
+        names += ["grad_output", "grad_input", "grad_weight", "grad_bias"]
         found = {k: torch.from_numpy(arrays[f"{i}_{k}"]) for k in names if f"{i}_{k}" in arrays}
         yield i, case, found
 
 
-def layer_of(case):
+def layer_of(case: Any) -> Any:
     """The layer of an authors' case. They mean (left/right, top/bottom) by two paddings."""
     settings = {k: v for k, v in case.items() if k not in ("kind", "draws")}
     for key in ("kernel_size", "stride", "padding"):
@@ -98,7 +99,7 @@ def layer_of(case):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_values_and_gradients_are_the_authors(upstream, memory_format):
+def test_values_and_gradients_are_the_authors(upstream: Any, memory_format: Any) -> None:
     checked = 0
     for i, case, arrays in upstream_cases(upstream):
         if "dropout" in case["kind"]:
@@ -122,7 +123,7 @@ def test_values_and_gradients_are_the_authors(upstream, memory_format):
     assert checked == 28
 
 
-def test_dropout_moments_are_the_authors(upstream):
+def test_dropout_moments_are_the_authors(upstream: Any) -> None:
     draws, checked = 40_000, 0
     for i, case, arrays in upstream_cases(upstream):
         if "dropout" not in case["kind"]:
@@ -143,7 +144,7 @@ def test_dropout_moments_are_the_authors(upstream):
 
 @given(convolutions())
 @settings(max_examples=80, deadline=None)
-def test_equals_algorithm_1_with_gradients(drawn):
+def test_equals_algorithm_1_with_gradients(drawn: Any) -> None:
     layer, x = drawn
     layer, x = layer.double().eval(), x.double().requires_grad_()
     exact_layer, exact_x = reference_of(layer), x.detach().clone().requires_grad_()
@@ -160,7 +161,7 @@ def test_equals_algorithm_1_with_gradients(drawn):
 
 @given(convolutions(), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_relu_within_the_layer_is_relu_after_it(drawn, training):
+def test_relu_within_the_layer_is_relu_after_it(drawn: Any, training: Any) -> None:
     layer, x = drawn
     layer, x = layer.double().train(training), x.double().requires_grad_()
     within, same_x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
@@ -181,7 +182,7 @@ def test_relu_within_the_layer_is_relu_after_it(drawn, training):
 
 @pytest.mark.parametrize("p", [0.05, 0.25])
 @pytest.mark.parametrize("mean", [0.0, 2.0])
-def test_drawn_sums_have_the_moments_of_a_mask(p, mean):
+def test_drawn_sums_have_the_moments_of_a_mask(p: Any, mean: Any) -> None:
     """Means, variances and covariance of S1 = sum(x m) and S2 = sum((x m)^2), and of units."""
     torch.manual_seed(0)
     draws, channels = 40_000, 32
@@ -202,7 +203,7 @@ def test_drawn_sums_have_the_moments_of_a_mask(p, mean):
             assert ((cov - exact_cov[:, 0, w]).abs() <= 0.05 * scale).all(), dropout
 
 
-def test_drawn_sums_need_many_channels():
+def test_drawn_sums_need_many_channels() -> None:
     """Of few channels the sums are not nearly normal: they are dropped, not drawn."""
     torch.manual_seed(0)
     x = torch.ones(1000, 3, 1, 1)
@@ -221,13 +222,13 @@ def test_drawn_sums_need_many_channels():
     ],
 )
 @pytest.mark.parametrize("statistics", ["plain", "expected", "sampled"])
-def test_gradcheck(settings, statistics):
+def test_gradcheck(settings: Any, statistics: Any) -> Any:
     torch.manual_seed(0)
     layer = KNConv2d(4, 2, 3, **settings, dropout_p=0.2, inference_statistics=statistics)
     layer = layer.double().eval()
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
 
-    def run(x, weight, bias):
+    def run(x: Any, weight: Any, bias: Any) -> Any:
         torch.manual_seed(5)  # the same mask at every evaluation
         return functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
@@ -239,7 +240,7 @@ def test_gradcheck(settings, statistics):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dropout", ["mask", "gaussian"])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_gradcheck_of_many_channels(dropout, memory_format, relu):
+def test_gradcheck_of_many_channels(dropout: Any, memory_format: Any, relu: Any) -> Any:
     """Where gaps between dropped elements are drawn, or sums."""
     torch.manual_seed(0)
     layer = KNConv2d(16, 1, (1, 2), padding=(1, 0, 0, 0), dropout_p=0.2, dropout=dropout, relu=relu)
@@ -247,7 +248,7 @@ def test_gradcheck_of_many_channels(dropout, memory_format, relu):
     x = torch.randn(2, 16, 1, 2, dtype=torch.float64)
     x = x.to(memory_format=memory_format).requires_grad_()
 
-    def run(x, weight, bias):
+    def run(x: Any, weight: Any, bias: Any) -> Any:
         torch.manual_seed(5)
         return functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
@@ -260,7 +261,9 @@ def test_gradcheck_of_many_channels(dropout, memory_format, relu):
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("statistics", ["plain", "expected"])
-def test_float32_is_exact_for_means_far_from_zero(padding, groups, memory_format, statistics):
+def test_float32_is_exact_for_means_far_from_zero(
+    padding: Any, groups: Any, memory_format: Any, statistics: Any
+) -> None:
     torch.manual_seed(0)
     for mean in (0.0, 3.0, 30.0, 300.0, 1000.0, -1000.0):
         layer = KNConv2d(
@@ -277,14 +280,14 @@ def test_float32_is_exact_for_means_far_from_zero(padding, groups, memory_format
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2])
-def test_kernel_norm_is_exact_for_means_far_from_zero(kernel_size):
+def test_kernel_norm_is_exact_for_means_far_from_zero(kernel_size: Any) -> None:
     torch.manual_seed(0)
     layer = KernelNorm2d(kernel_size, dropout_p=0.0).eval()
     x = torch.randn(2, 64, 6, 6) + 1000.0
     assert relative_error(layer(x), layer(x.double())) <= 2e-6
 
 
-def images_of_difficult_windows():
+def images_of_difficult_windows() -> Any:
     """Images by what is difficult about them, and the columns of the windows in question."""
     noise = torch.randn(2, 64, 24, 24)
     dark = 0.5 * noise + 1.0
@@ -299,7 +302,7 @@ def images_of_difficult_windows():
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("dense", [False, True])
-def test_float32_statistics_have_six_digits(kernel_size, dense, monkeypatch):
+def test_float32_statistics_have_six_digits(kernel_size: Any, dense: Any, monkeypatch: Any) -> None:
     """1 / std of every unit against unfolding in float64, in both forms."""
     torch.manual_seed(0)
     layer = KNConv2d(64, 1, kernel_size, inference_statistics="plain", eps=1e-12).eval()
@@ -315,7 +318,7 @@ def test_float32_statistics_have_six_digits(kernel_size, dense, monkeypatch):
         assert offset[..., columns].max() <= 1e-5, f"{name}: mu is off by {offset.max():.1e} std"
 
 
-def test_float32_statistics_without_float64(monkeypatch):
+def test_float32_statistics_without_float64(monkeypatch: Any) -> None:
     """As on MPS: a pivot in place of digits."""
     monkeypatch.setattr(functional, "has_float64", lambda x: False)
     torch.manual_seed(0)
@@ -340,7 +343,7 @@ def test_float32_statistics_without_float64(monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_float32_gradients_are_exact_for_means_far_from_zero(groups):
+def test_float32_gradients_are_exact_for_means_far_from_zero(groups: Any) -> None:
     torch.manual_seed(0)
     for mean in (0.0, 100.0, 1000.0):
         layer = KNConv2d(64, 32, 3, padding=1, groups=groups, dropout_p=0.0)
@@ -356,7 +359,7 @@ def test_float32_gradients_are_exact_for_means_far_from_zero(groups):
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e4, 3.0])
 @pytest.mark.parametrize("statistics", ["expected", "plain"])
-def test_a_constant_window_gives_the_bias(value, statistics):
+def test_a_constant_window_gives_the_bias(value: Any, statistics: Any) -> None:
     for channels in (1, 3, 64):
         layer = KNConv2d(channels, 4, 3, padding=1, inference_statistics=statistics).eval()
         x = torch.full((2, channels, 6, 5), value)
@@ -370,7 +373,9 @@ def test_a_constant_window_gives_the_bias(value, statistics):
 
 @pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_constant_zero_and_single_pixel_windows_are_finite(statistics, memory_format):
+def test_constant_zero_and_single_pixel_windows_are_finite(
+    statistics: Any, memory_format: Any
+) -> None:
     torch.manual_seed(0)
     for channels in (1, 3, 32):
         layers = [
@@ -390,7 +395,7 @@ def test_constant_zero_and_single_pixel_windows_are_finite(statistics, memory_fo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [False, True])
-def test_statistics_are_float32_under_autocast(dtype, training):
+def test_statistics_are_float32_under_autocast(dtype: Any, training: Any) -> None:
     """A mean of 3.1 and a deviation of 0.1 have hardly a digit left in bfloat16 squares."""
     torch.manual_seed(0)
     layer = KNConv2d(32, 8, 3, padding=1, dropout_p=0.0).train(training)
@@ -406,7 +411,7 @@ def test_statistics_are_float32_under_autocast(dtype, training):
     assert layer.weight.grad.isfinite().all()
 
 
-def test_low_precision_modules_run_and_learn():
+def test_low_precision_modules_run_and_learn() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         layer = KNConv2d(32, 8, 3, padding=1, dtype=dtype)
         x = torch.randn(2, 32, 8, 8, dtype=dtype, requires_grad=True)
@@ -417,7 +422,7 @@ def test_low_precision_modules_run_and_learn():
 
 @given(convolutions())
 @settings(max_examples=40, deadline=None)
-def test_memory_format_is_kept(drawn):
+def test_memory_format_is_kept(drawn: Any) -> None:
     layer, x = drawn
     wide = torch.cat([x, x]).double().to(memory_format=torch.channels_last)
     y = layer.double().eval()(wide)
@@ -427,7 +432,7 @@ def test_memory_format_is_kept(drawn):
 
 @given(convolutions(), st.sampled_from([0.0, 100.0]))
 @settings(max_examples=60, deadline=None)
-def test_a_sample_does_not_depend_on_its_batch(drawn, offset):
+def test_a_sample_does_not_depend_on_its_batch(drawn: Any, offset: Any) -> None:
     """Neighbours far from zero mean take the careful path; the sample itself must not notice.
 
     A window of one number has no variance: its rstd of 316 enlarges what rounding leaves of zero.
@@ -442,7 +447,7 @@ def test_a_sample_does_not_depend_on_its_batch(drawn, offset):
 
 @given(convolutions())
 @settings(max_examples=30, deadline=None)
-def test_nan_stays_in_its_sample(drawn):
+def test_nan_stays_in_its_sample(drawn: Any) -> None:
     layer, x = drawn
     layer.eval()
     x = torch.cat([x[:1], torch.full_like(x[:1], torch.nan), x[:1]])
@@ -461,7 +466,7 @@ def test_nan_stays_in_its_sample(drawn):
 
 @given(convolutions(), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_empty_batch_gives_an_empty_result(drawn, training):
+def test_empty_batch_gives_an_empty_result(drawn: Any, training: Any) -> None:
     layer, x = drawn
     layer.train(training)
     y = layer(x[:0].requires_grad_())
@@ -470,14 +475,14 @@ def test_empty_batch_gives_an_empty_result(drawn, training):
     assert KernelNorm2d(1).train(training)(x[:0]).shape == x[:0].shape
 
 
-def test_unbatched_input_as_nn_conv2d():
+def test_unbatched_input_as_nn_conv2d() -> None:
     layer = KNConv2d(3, 4, 3, padding=1).eval()
     x = torch.randn(3, 6, 5)
     torch.testing.assert_close(layer(x), layer(x[None])[0])
     assert KernelNorm2d(2)(x).shape == (3, 6, 4)
 
 
-def test_is_a_drop_in_for_conv2d():
+def test_is_a_drop_in_for_conv2d() -> None:
     ours, theirs = KNConv2d(4, 6, (3, 2), 2, (1, 2), 1, 2), nn.Conv2d(4, 6, (3, 2), 2, (1, 2), 1, 2)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in theirs.state_dict().items()
@@ -487,7 +492,7 @@ def test_is_a_drop_in_for_conv2d():
     nn.Sequential(ours, nn.ReLU(inplace=True))(x).sum().backward()  # keeps no output that is lost
 
 
-def test_inference_statistics():
+def test_inference_statistics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(KNConv2d(3, 8, 3), nn.ReLU(), KernelNorm2d(1)).eval()
     x = torch.randn(4, 3, 8, 8)
@@ -505,7 +510,7 @@ def test_inference_statistics():
         set_inference_statistics(nn.Linear(2, 2), "plain")
 
 
-def test_expected_statistics_are_the_mean_of_sampled_ones():
+def test_expected_statistics_are_the_mean_of_sampled_ones() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 8, 6, 6, dtype=torch.float64) + 0.5
     layer = KNConv2d(8, 2, 3, dropout_p=0.2, bias=False).double().eval()
@@ -547,7 +552,7 @@ def test_expected_statistics_are_the_mean_of_sampled_ones():
         ({"inference_statistics": "best"}, "expected"),
     ],
 )
-def test_unsupported_settings_name_the_cure(arguments, cure):
+def test_unsupported_settings_name_the_cure(arguments: Any, cure: Any) -> None:
     with pytest.raises(ValueError, match=cure):
         KNConv2d(3, 4, 3, **arguments)
     if "padding_mode" not in arguments:
@@ -556,7 +561,7 @@ def test_unsupported_settings_name_the_cure(arguments, cure):
 
 
 @pytest.mark.parametrize("size", [0, -1, (3, 0), (1, 2, 3), True, 1.5])
-def test_kernel_sizes_that_are_none(size):
+def test_kernel_sizes_that_are_none(size: Any) -> None:
     for layer in (KernelNorm2d, lambda kernel_size: KNConv2d(3, 4, kernel_size)):
         with pytest.raises(ValueError, match=r"kernel_size=.*: use a positive int"):
             layer(size)
@@ -566,7 +571,7 @@ def test_kernel_sizes_that_are_none(size):
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, (2, 5)])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_padding_by_name(kernel_size, dilation):
+def test_padding_by_name(kernel_size: Any, dilation: Any) -> None:
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     for padding in ("same", "valid"):
         layer = KNConv2d(3, 4, kernel_size, padding=padding, dilation=dilation).double().eval()
@@ -580,7 +585,7 @@ def test_padding_by_name(kernel_size, dilation):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_inputs_that_are_no_floating_point_numbers(dtype):
+def test_inputs_that_are_no_floating_point_numbers(dtype: Any) -> None:
     x = torch.ones(1, 3, 4, 4, dtype=dtype)
     for layer in (KNConv2d(3, 4, 3), KernelNorm2d(2)):
         with pytest.raises(TypeError, match=r"use a floating-point input, such as x.float\(\)"):
@@ -588,13 +593,13 @@ def test_inputs_that_are_no_floating_point_numbers(dtype):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_static_quantization_says_what_to_do():
+def test_static_quantization_says_what_to_do() -> None:
     scale = torch.quantize_per_tensor(torch.randn(1, 3, 4, 4), 0.1, 0, torch.quint8)
     with pytest.raises(TypeError, match="qconfig = None"):
         KNConv2d(3, 4, 3).eval()(scale)
 
 
-def test_window_larger_than_the_padded_input():
+def test_window_larger_than_the_padded_input() -> None:
     with pytest.raises(ValueError, match="5 x 5 pixels does not fit the padded input of 4 x 6"):
         KNConv2d(3, 4, 3, padding=(1, 1, 0, 0), dilation=2)(torch.randn(1, 3, 4, 4))
     with pytest.raises(ValueError, match="larger input"):
@@ -604,24 +609,24 @@ def test_window_larger_than_the_padded_input():
 class Pair(nn.Module):
     """Both layers in a row, as networks use them."""
 
-    def __init__(self, dropout_p=0.1):
+    def __init__(self, dropout_p: Any = 0.1) -> None:
         super().__init__()
         self.conv = KNConv2d(3, 20, 3, padding=(1, 0, 1, 0), dropout_p=dropout_p)
         self.inner = KNConv2d(20, 20, 2, stride=2, padding=1, dropout_p=dropout_p)
         self.norm = KernelNorm2d(1, dropout_p=dropout_p)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.norm(torch.relu(self.inner(torch.relu(self.conv(x)))))
 
 
 @pytest.fixture
-def pair():
+def pair() -> Any:
     torch.manual_seed(0)
     return Pair().eval(), torch.randn(2, 3, 9, 8)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compile_fullgraph(pair, training):
+def test_compile_fullgraph(pair: Any, training: Any) -> None:
     model, x = pair
     if training:
         model = Pair(dropout_p=0.0).train()
@@ -633,7 +638,7 @@ def test_compile_fullgraph(pair, training):
 
 
 @pytest.mark.parametrize("dropout", ["mask", "gaussian"])
-def test_compile_with_dropout(dropout):
+def test_compile_with_dropout(dropout: Any) -> None:
     torch.manual_seed(0)
     model, x = (
         nn.Sequential(KNConv2d(16, 16, 3, dropout=dropout), nn.ReLU()),
@@ -647,7 +652,7 @@ def test_compile_with_dropout(dropout):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_export(pair, tmp_path):
+def test_export(pair: Any, tmp_path: Any) -> None:
     model, x = pair
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
@@ -660,7 +665,7 @@ def test_export(pair, tmp_path):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_torchscript(pair, training):
+def test_torchscript(pair: Any, training: Any) -> None:
     model, x = pair
     if training:
         model = Pair(dropout_p=0.0).train()
@@ -672,26 +677,26 @@ def test_torchscript(pair, training):
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_torchscript_trace(pair):
+def test_torchscript_trace(pair: Any) -> None:
     model, x = pair
     traced = torch.jit.trace(model, x)
     other = torch.randn(3, 3, 9, 8) + 50.0
     torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
 
 
-def test_fx(pair):
+def test_fx(pair: Any) -> None:
     model, x = pair
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(x), model(x))
     torch.testing.assert_close(torch.jit.script(traced)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_deepcopy(pair):
+def test_deepcopy(pair: Any) -> None:
     model, x = pair
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x), rtol=0, atol=0)
 
 
-def test_vmap_of_functional_call():
+def test_vmap_of_functional_call() -> None:
     torch.manual_seed(0)
     models = [Pair(dropout_p=0.0) for _ in range(3)]
     x = torch.randn(2, 3, 9, 8)
@@ -704,13 +709,13 @@ def test_vmap_of_functional_call():
         torch.testing.assert_close(together[i], model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_per_sample_gradients():
+def test_per_sample_gradients() -> Any:
     torch.manual_seed(0)
     model = Pair(dropout_p=0.0)
     params = {k: p.detach() for k, p in model.named_parameters()}
     x = torch.randn(3, 3, 9, 8)
 
-    def loss(params, sample):
+    def loss(params: Any, sample: Any) -> Any:
         return functional_call(model, params, (sample[None],)).square().sum()
 
     found = vmap(grad(loss), in_dims=(None, 0))(params, x)
@@ -722,7 +727,7 @@ def test_per_sample_gradients():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_recomputes_the_same_mask(reentrant):
+def test_checkpoint_recomputes_the_same_mask(reentrant: Any) -> None:
     model = Pair().train()
     x = torch.randn(2, 3, 9, 8)
     gradients = []
@@ -737,13 +742,13 @@ def test_checkpoint_recomputes_the_same_mask(reentrant):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_training_keeps_no_second_copy_of_its_input(memory_format):
+def test_training_keeps_no_second_copy_of_its_input(memory_format: Any) -> Any:
     """Kept for backward: x, one result of the convolution's size, one-channel maps, a seed."""
     layer = KNConv2d(64, 64, 3, padding=1).train()
     x = torch.randn(2, 64, 16, 16).to(memory_format=memory_format).requires_grad_()
     kept = {}
 
-    def pack(tensor):
+    def pack(tensor: Any) -> Any:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -760,7 +765,7 @@ def test_training_keeps_no_second_copy_of_its_input(memory_format):
     assert sum(kept.values()) <= x.numel() * 4 + weights + maps
 
 
-def test_fake_tensors():
+def test_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -772,7 +777,7 @@ def test_fake_tensors():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_a_dark_even_window_in_a_bright_image_keeps_its_variance(size):
+def test_a_dark_even_window_in_a_bright_image_keeps_its_variance(size: Any) -> None:
     mean, var = torch.rand(2, 2, 1, 24, 24).unbind()
     mean[..., :12] *= 1e-3
     var[..., :12] *= 1e-6
