@@ -486,26 +486,26 @@ Step = Callable[[fx.Node], list[fx.Node]]
 
 def _nearest(start: fx.Node, step: Step, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The first nodes from `start` on, forward or backward, that `through` does not hold for."""
-    found: dict[fx.Node, bool] = {}  # a node, and whether to go on from it
+    passed: dict[fx.Node, bool] = {}  # a node, and whether to go on from it
     waiting = step(start)
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found[node] = through(node)
-            waiting += step(node) if found[node] else []
-    return [node for node, goes_on in found.items() if not goes_on]
+        if node not in passed:
+            passed[node] = through(node)
+            waiting += step(node) if passed[node] else []
+    return [node for node, goes_on in passed.items() if not goes_on]
 
 
 def _reachable(start: fx.Node, step: Step, within: set[fx.Node] | None = None) -> set[fx.Node]:
     """`start` and the nodes after or before it; only those `within` a set, if there is one."""
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     waiting = [start]
     while waiting:
         node = waiting.pop()
-        if node not in found and (within is None or node in within):
-            found.add(node)
+        if node not in reached and (within is None or node in within):
+            reached.add(node)
             waiting += step(node)
-    return found
+    return reached
 
 
 def _matches(name: str, pattern: str) -> bool:

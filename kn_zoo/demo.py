@@ -147,14 +147,14 @@ def samples(folder: Path, known: Sequence[str]) -> list[list[str]]:
     Digits of scikit-learn, if it is installed, and drawings of things that CIFAR-100 has a class
     for: no image of a data set is needed.
     """
-    found: list[list[str]] = []
+    gallery: list[list[str]] = []
     for dataset in ("cifar100", "digits"):
         name = next((n for n in known if n.endswith(f".{dataset}")), None)
         pictures = {"cifar100": drawings, "digits": digits}[dataset]() if name else {}
         for title, picture in pictures.items():
             picture.save(path := folder / f"{title}.png")
-            found.append([str(path), str(name)])
-    return found
+            gallery.append([str(path), str(name)])
+    return gallery
 
 
 def digits() -> dict[str, Image.Image]:
@@ -163,8 +163,10 @@ def digits() -> dict[str, Image.Image]:
         images = data.load("digits", "test")
     except data.MissingData:
         return {}
-    found = {f"digit {label}": image for image, label in map(images.__getitem__, range(30))}
-    return {title: found[title] for title in ("digit 3", "digit 5", "digit 8") if title in found}
+    gallery = {f"digit {label}": image for image, label in map(images.__getitem__, range(30))}
+    return {
+        title: gallery[title] for title in ("digit 3", "digit 5", "digit 8") if title in gallery
+    }
 
 
 def drawings() -> dict[str, Image.Image]:

@@ -97,8 +97,8 @@ def test_every_layer_has_its_fate_and_trains_at_batch_size_1(name: str) -> None:
     kinds = Counter(type(module) for module in model.modules())
     norms = sum(isinstance(module, NORMS) for module in model.modules())
     assert (kinds[KNConv2d], kinds[KernelNorm2d], norms, kinds[nn.Conv2d]) == counts
-    found = outputs(model.train()(torch.randn(1, 3, 64, 64)))
-    sum(out.square().mean() for out in found).backward()
+    actual = outputs(model.train()(torch.randn(1, 3, 64, 64)))
+    sum(out.square().mean() for out in actual).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
 
@@ -120,8 +120,8 @@ def test_an_image_does_not_depend_on_its_batch(name: str, training: bool) -> Non
 def test_exports(name: str) -> None:
     model, images = converted(name).eval(), torch.randn(2, 3, 64, 64)
     program = torch.export.export(model, (images,), strict=False)
-    (expected,), (found,) = outputs(model(images)), outputs(program.module()(images))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    (expected,), (actual,) = outputs(model(images)), outputs(program.module()(images))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -139,8 +139,8 @@ def check_compiled(model: nn.Module, backend: str) -> None:
     images = torch.randn(1, 3, 64, 64)
     compiled = torch.compile(model.eval(), backend=backend, fullgraph=True)
     with torch.no_grad():
-        (expected,), (found,) = outputs(model(images)), outputs(compiled(images))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        (expected,), (actual,) = outputs(model(images)), outputs(compiled(images))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -159,8 +159,8 @@ def test_overfits_32_images(name: str) -> None:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        (found,) = outputs(model.eval()(images))
-    accuracy = (found.argmax(1) == labels).double().mean()
+        (actual,) = outputs(model.eval()(images))
+    accuracy = (actual.argmax(1) == labels).double().mean()
     assert accuracy > 0.9
 
 
@@ -232,12 +232,12 @@ def test_a_convolution_and_its_norm_become_algorithm_1(
     conv = nn.Conv2d(3, 5, kernel, padding=padding, dilation=dilation)
     model = nn.Sequential(conv, nn.BatchNorm2d(5), nn.ReLU()).double()
     x = torch.randn(2, 3, 12, 11, dtype=torch.float64)
-    found = kn_zoo.convert(model, 0.0, keep_weights=True, verbose=False).eval()(x)
+    actual = kn_zoo.convert(model, 0.0, keep_weights=True, verbose=False).eval()(x)
     sides = conv._reversed_padding_repeated_twice
     units = F.unfold(F.pad(x, sides), kernel, dilation)
     units = (units - units.mean(1, True)) / (units.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     out = conv.weight.flatten(1) @ units + conv.bias[:, None]
-    torch.testing.assert_close(found, out.view_as(found).relu())
+    torch.testing.assert_close(actual, out.view_as(actual).relu())
 
 
 def test_the_model_given_stays_as_it_is() -> None:

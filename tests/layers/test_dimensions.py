@@ -123,9 +123,9 @@ def test_equals_the_definition_with_gradients(drawn: Any) -> None:
         direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         inputs = [given_x, *layer.parameters()]
         results.append([y, *torch.autograd.grad(y, inputs, direction)])
-    for found, exact in zip(*results, strict=True):
+    for actual, exact in zip(*results, strict=True):
         scale = max(1.0, float(exact.detach().abs().max()))
-        torch.testing.assert_close(found / scale, exact / scale, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(actual / scale, exact / scale, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(layer(x[0]), layer(x)[0], msg="unbatched")
 
 
@@ -184,8 +184,8 @@ def test_compiles(dims: Any, training: Any) -> None:
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad(layer(x).square().sum(), layer.weight)[0]
-    found = torch.autograd.grad(compiled(x).square().sum(), layer.weight)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    actual = torch.autograd.grad(compiled(x).square().sum(), layer.weight)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dims", [1, 3])
@@ -203,6 +203,6 @@ def test_float32_is_exact_for_volumes_far_from_zero() -> None:
         layer = KNConv3d(32, 8, 3, padding=1, groups=groups, inference_statistics="plain").eval()
         x = torch.randn(1, 32, 7, 7, 7) + mean
         with torch.no_grad():
-            found, exact = layer(x), direct_conv(copy.deepcopy(layer).double(), x.double())
+            actual, exact = layer(x), direct_conv(copy.deepcopy(layer).double(), x.double())
         for part in ((...,), (..., *[slice(2, -2)] * 3)):
-            assert (found - exact)[part].abs().max() <= 2e-6 * exact[part].abs().max()
+            assert (actual - exact)[part].abs().max() <= 2e-6 * exact[part].abs().max()

@@ -27,8 +27,8 @@ def run(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], direction)]
 
 
-def assert_all_close(found: Any, expected: Any, tolerance: Any) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_all_close(actual: Any, expected: Any, tolerance: Any) -> None:
+    for a, b in zip(actual, expected, strict=True):
         scale = max(1.0, float(b.detach().abs().max()))
         torch.testing.assert_close(a / scale, b / scale, rtol=tolerance, atol=tolerance)
 
@@ -127,13 +127,13 @@ def test_forward_mode(training: Any) -> None:
     torch.manual_seed(0)
     layer = KNConv2d(4, 3, 3, padding=1, dropout_p=0.0, relu=True).double().train(training)
     x, tangent = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64).unbind()
-    out, found = torch.func.jvp(layer, (x,), (tangent,))[:2]
+    out, actual = torch.func.jvp(layer, (x,), (tangent,))[:2]
     direction = torch.randn_like(out)
     (pulled,) = torch.autograd.grad(layer(x.requires_grad_()), x, direction)
-    torch.testing.assert_close((found * direction).sum(), (tangent * pulled).sum())
+    torch.testing.assert_close((actual * direction).sum(), (tangent * pulled).sum())
     with forward_ad.dual_level():
         dual = layer(forward_ad.make_dual(x.detach(), tangent))
-        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, found)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, actual)
 
 
 def test_vmap_in_training_draws_a_mask_each() -> None:
@@ -185,10 +185,10 @@ def test_dropout_has_the_moments_of_a_mask(channels: Any, memory_format: Any) ->
     mean, var = channel_moments(x, p, torch.tensor(3))
     y = torch.nn.functional.dropout(x, p)
     exact_mean, exact_var = y.mean(1, keepdim=True), y.var(1, keepdim=True, correction=0)
-    for found, exact in ((mean, exact_mean), (var, exact_var)):
+    for actual, exact in ((mean, exact_mean), (var, exact_var)):
         standard_error = exact.std(0) * math.sqrt(2 / draws)
-        assert ((found.mean(0) - exact.mean(0)).abs() <= 5 * standard_error).all()
-        torch.testing.assert_close(found.std(0), exact.std(0), rtol=0.05, atol=0)
+        assert ((actual.mean(0) - exact.mean(0)).abs() <= 5 * standard_error).all()
+        torch.testing.assert_close(actual.std(0), exact.std(0), rtol=0.05, atol=0)
     flat = mean[:, 0, 0, 0] - mean[:, 0, 0, 0].mean()
     neighbour = mean[:, 0, 0, 1] - mean[:, 0, 0, 1].mean()
     correlation = (flat * neighbour).mean() / (flat.std() * neighbour.std())

@@ -64,9 +64,9 @@ def test_onnx(tmp_path: Any) -> None:
     torch.onnx.export(frozen, (x,), path, dynamo=True, dynamic_shapes=({0: batch},))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     images = torch.rand(5, 3, 32, 32)
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    (actual,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(actual), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_frozen() -> None:

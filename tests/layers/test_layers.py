@@ -40,8 +40,8 @@ def reference_of(layer: KNConv2d) -> KNConv2d:
     return slow
 
 
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).abs().max() / exact.abs().max())
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).abs().max() / exact.abs().max())
 
 
 @st.composite
@@ -81,8 +81,8 @@ def upstream_cases(folder: Any) -> Any:
     for i, case in enumerate(json.loads(str(arrays["cases"]))):
         names = ["x", "y", "std", "weight", "bias"]
         names += ["grad_output", "grad_input", "grad_weight", "grad_bias"]
-        found = {k: torch.from_numpy(arrays[f"{i}_{k}"]) for k in names if f"{i}_{k}" in arrays}
-        yield i, case, found
+        actual = {k: torch.from_numpy(arrays[f"{i}_{k}"]) for k in names if f"{i}_{k}" in arrays}
+        yield i, case, actual
 
 
 def layer_of(case: Any) -> Any:
@@ -114,9 +114,9 @@ def test_values_and_gradients_are_the_authors(upstream: Any, memory_format: Any)
             x = x.detach().requires_grad_()
             y = layer(x)
             y.backward(arrays["grad_output"])
-            found = {"y": y, "grad_input": x.grad}
-            found |= {f"grad_{k}": p.grad for k, p in layer.named_parameters()}
-            for key, value in found.items():
+            actual = {"y": y, "grad_input": x.grad}
+            actual |= {f"grad_{k}": p.grad for k, p in layer.named_parameters()}
+            for key, value in actual.items():
                 error = (value - arrays[key]).abs().max()
                 assert error <= 1e-9, f"case {i} {case['kind']}: {key} is off by {error:.1e}"
             checked += 1
@@ -169,11 +169,11 @@ def test_relu_within_the_layer_is_relu_after_it(drawn: Any, training: Any) -> No
     torch.manual_seed(0)
     y = F.relu(layer(x))
     torch.manual_seed(0)
-    found = within(same_x)
-    assert torch.equal(found, y)
+    actual = within(same_x)
+    assert torch.equal(actual, y)
     weight = torch.randn_like(y)
     y.backward(weight)
-    found.backward(weight)
+    actual.backward(weight)
     for a, b in zip((same_x, *within.parameters()), (x, *layer.parameters()), strict=True):
         scale = max(1.0, float(b.grad.abs().max()))
         torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=1e-9, atol=1e-9)
@@ -327,19 +327,19 @@ def test_float32_statistics_without_float64(monkeypatch: Any) -> None:
         for offset in (0.0, 1000.0):
             x = torch.randn(2, 64, 9, 9) + offset
             mean, var = functional.channel_moments(x, 0.0)
-            found = unit_statistics(mean, var, window, 64, expected_p, 1e-5)
-            assert all(m.dtype == torch.float32 for m in found)
+            actual = unit_statistics(mean, var, window, 64, expected_p, 1e-5)
+            assert all(m.dtype == torch.float32 for m in actual)
             units = F.unfold(x.double(), 3, padding=1)
             mu, square = units.mean(1), units.square().mean(1)
             factor = (1 - expected_p / 576) / (1 - expected_p)
             rstd = (factor * square - mu**2 + 1e-5).rsqrt()
             torch.testing.assert_close(
-                found[0].double(), mu.view_as(found[0]), rtol=1e-6, atol=1e-6
+                actual[0].double(), mu.view_as(actual[0]), rtol=1e-6, atol=1e-6
             )
             inner = (..., slice(1, -1), slice(1, -1))
-            rstd = rstd.view_as(found[2])
-            torch.testing.assert_close(found[2][inner].double(), rstd[inner], rtol=1e-4, atol=0)
-            torch.testing.assert_close(found[2].double(), rstd, rtol=1e-3, atol=0)
+            rstd = rstd.view_as(actual[2])
+            torch.testing.assert_close(actual[2][inner].double(), rstd[inner], rtol=1e-4, atol=0)
+            torch.testing.assert_close(actual[2].double(), rstd, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -353,8 +353,8 @@ def test_float32_gradients_are_exact_for_means_far_from_zero(groups: Any) -> Non
         (exact,) = torch.autograd.grad(reference_of(layer)(exact_x), exact_x, direction.double())
         inner = (..., slice(2, -2), slice(2, -2))
         for run in (layer, torch.jit.script(layer)):
-            (found,) = torch.autograd.grad(run(x), x, direction)
-            assert relative_error(found[inner], exact[inner]) <= 5e-6
+            (actual,) = torch.autograd.grad(run(x), x, direction)
+            assert relative_error(actual[inner], exact[inner]) <= 5e-6
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e4, 3.0])
@@ -633,8 +633,8 @@ def test_compile_fullgraph(pair: Any, training: Any) -> None:
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
-    found = torch.autograd.grad(compiled(x).square().sum(), model.inner.weight)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    actual = torch.autograd.grad(compiled(x).square().sum(), model.inner.weight)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dropout", ["mask", "gaussian"])
@@ -718,12 +718,12 @@ def test_per_sample_gradients() -> Any:
     def loss(params: Any, sample: Any) -> Any:
         return functional_call(model, params, (sample[None],)).square().sum()
 
-    found = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    actual = vmap(grad(loss), in_dims=(None, 0))(params, x)
     for i, sample in enumerate(x):
         model.zero_grad()
         model(sample[None]).square().sum().backward()
         for key, parameter in model.named_parameters():
-            torch.testing.assert_close(found[key][i], parameter.grad, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(actual[key][i], parameter.grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -782,11 +782,11 @@ def test_a_dark_even_window_in_a_bright_image_keeps_its_variance(size: Any) -> N
     mean[..., :12] *= 1e-3
     var[..., :12] *= 1e-6
     window = Window([size] * 2, [1, 1], [0] * 4, [1, 1])
-    _, found, _ = unit_statistics(mean, var, window, 3, 0.0, 1e-5)
+    _, actual, _ = unit_statistics(mean, var, window, 3, 0.0, 1e-5)
     ones = torch.ones(1, 1, size, size, dtype=torch.float64) / size**2
     m, v = mean.double(), var.double()
     mu = F.conv2d(m, ones)
     spread = F.unfold(m, size).var(1, correction=0).view_as(mu)
     exact = F.conv2d(v, ones) + spread
     dark = (..., slice(0, 13 - size))
-    torch.testing.assert_close(found[dark], exact[dark], rtol=1e-9, atol=0)
+    torch.testing.assert_close(actual[dark], exact[dark], rtol=1e-9, atol=0)

@@ -273,8 +273,8 @@ def _differentiable_gradients(
     needs = ctx.needs_input_grad[:3]
     pairs = zip((x, weight, bias), needs, strict=True)
     wanted = [t for t, need in pairs if need and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needs]
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needs]
 
 
 def _cpu_upcast(x: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ def _bernoulli_positions(count: int, p: float, seed: int) -> Tensor:
         uniform = torch.rand(draws, generator=generator)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).to(torch.int64)
         positions = gaps.add_(1).cumsum_(0).add_(last)
-        found = int(torch.searchsorted(positions, count))
-        parts.append(positions[:found])
-        if found < draws:
+        successes = int(torch.searchsorted(positions, count))
+        parts.append(positions[:successes])
+        if successes < draws:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         last = int(positions[-1])
