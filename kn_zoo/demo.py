@@ -27,6 +27,7 @@ from kn_zoo.layers import KNConv2d, set_inference_statistics
 
 try:
     from kn_zoo import segmentation  # type: ignore[attr-defined]
+    from kn_zoo.segmentation import overlay as pictures
 except ImportError:
     segmentation = None
 
@@ -136,9 +137,8 @@ def segment(path: str | None, name: str) -> Image.Image | None:
         model = segmentation.create_segmentation_model(name, pretrained=True).eval()
     except (cli.UnusableImage, OSError, RuntimeError, ValueError) as error:
         raise gr.Error(f"This file cannot be segmented: {error}", duration=None) from None
-    draw = segmentation.overlay
-    labels = draw.label_map(model, picture)
-    return draw.overlay(picture, labels, draw.palette(model), draw.class_names(model))
+    labels, names = pictures.label_map(model, picture), pictures.class_names(model)
+    return pictures.overlay(picture, labels, pictures.palette(model), names)
 
 
 def samples(folder: Path, known: Sequence[str]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation import deeplabv3, deeplabv3_resnet50, fcn, fcn_resnet50
+from torchvision.models.video import r3d_18
 
 import kn_zoo
 from kn_zoo.layers import KernelNorm2d, KNConv2d
@@ -354,3 +355,15 @@ def test_refuses_what_it_cannot_know(case: str) -> None:
     build, arguments, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         kn_zoo.convert(build(), verbose=False, **arguments)
+
+
+@pytest.mark.skipif(not hasattr(kn_zoo.layers, "KNConv3d"), reason="there is no KNConv3d yet")
+def test_volumes() -> None:
+    model = kn_zoo.convert(r3d_18(num_classes=CLASSES), 0.0, verbose=False)
+    kinds = Counter(type(module).__name__ for module in model.modules())
+    assert (kinds["KNConv3d"], kinds["KernelNorm3d"], kinds["BatchNorm3d"]) == (20, 1, 0)
+    videos = torch.randn(2, 3, 4, 32, 32)
+    found = model(videos)
+    torch.testing.assert_close(found[:1], model(videos[:1]), atol=1e-4, rtol=1e-4)
+    found.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
