@@ -208,11 +208,12 @@ def unit_statistics(
     last map is of the variance expected under dropout. All in float64 where that exists.
     """
     mean, var = to_float64(mean), to_float64(var)
-    if max(window.padding) > 0:  # zero padding belongs to the unit
-        mean, var = F.pad(mean, window.padding), F.pad(var, window.padding)
     pivot: Tensor | None = None
     if mean.dtype != torch.float64:  # squares of |mean| >> std need either digits or a pivot
         pivot = mean.flatten(1).mean(1).view([-1] + [1] * (mean.dim() - 1))
+    if max(window.padding) > 0:  # zero padding belongs to the unit
+        mean, var = F.pad(mean, window.padding), F.pad(var, window.padding)
+    if pivot is not None:
         mean = mean - pivot
     boxes = box_mean(torch.cat([mean, var + mean * mean], 1), window)  # (N, 2, *S')
     mu, square = boxes[:, :1], boxes[:, 1:]
@@ -270,12 +271,14 @@ def image_shift(x: Tensor, least: float = MIN_SHIFT) -> Tensor:
     above `least` of the row's std, else 0: in an image of high contrast, a dark even window would
     lose digits.
     """
-    row = x[:, :, x.shape[2] // 2].flatten(1)
+    row = x.narrow(2, x.shape[2] // 2, 1)
     first = row[:, :1]  # relative to it, the shift of a constant image leaves exact zeros
-    var, mean = torch.var_mean(row - first, [1], correction=0, keepdim=True)
+    for i in range(3, x.dim()):
+        first = first.narrow(i, 0, 1)
+    dims = list(range(1, x.dim()))
+    var, mean = torch.var_mean(row - first, dims, correction=0, keepdim=True)
     mean = mean + first
-    shift = torch.where(mean * mean > least * least * var, mean, torch.zeros_like(mean))
-    return shift.view([-1] + [1] * (x.dim() - 1))
+    return torch.where(mean * mean > least * least * var, mean, torch.zeros_like(mean))
 
 
 def symmetric_padding(x: Tensor, padding: Ints) -> tuple[Tensor, Ints]:

@@ -265,7 +265,7 @@ def test_float32_is_exact_for_means_far_from_zero(
     padding: Any, groups: Any, memory_format: Any, statistics: Any
 ) -> None:
     torch.manual_seed(0)
-    for mean in (0.0, 3.0, 30.0, 300.0, 1000.0, -1000.0):
+    for mean in (0.0, 3.0, 10.0, 30.0, 300.0, 1000.0, -1000.0):
         layer = KNConv2d(
             256, 8, 3, padding=padding, groups=groups, inference_statistics=statistics
         ).eval()
@@ -275,8 +275,8 @@ def test_float32_is_exact_for_means_far_from_zero(
             inner = exact[:, :, 2:-2, 2:-2].abs().max()  # border windows hold zeros: a larger std
             for run in (layer, torch.jit.script(layer)):
                 error = (run(x).double() - exact).abs()
-                assert error.max() <= 2e-6 * exact.abs().max()
-                assert error[:, :, 2:-2, 2:-2].max() <= 2e-6 * inner, f"mean {mean}"
+                assert error.max() <= 5e-6 * exact.abs().max()
+                assert error[:, :, 2:-2, 2:-2].max() <= 5e-6 * inner, f"mean {mean}"
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2])
@@ -293,10 +293,10 @@ def images_of_difficult_windows() -> Any:
     dark = 0.5 * noise + 1.0
     dark[..., :12] = 1e-3 + 1e-4 * noise[..., :12]
     return {
-        "gaussian": (noise, 5e-7, slice(None)),
-        "dark and even beside bright": (dark, 2e-6, slice(0, 10)),
-        "steep gradient": (noise + torch.linspace(0, 300, 24), 2e-6, slice(None)),
-        "mean of 1000 std": (noise + 1000.0, 5e-7, slice(None)),
+        "gaussian": (noise, slice(None)),
+        "dark and even beside bright": (dark, slice(0, 10)),
+        "steep gradient": (noise + torch.linspace(0, 300, 24), slice(None)),
+        "mean of 1000 std": (noise + 1000.0, slice(None)),
     }
 
 
@@ -308,7 +308,8 @@ def test_float32_statistics_have_six_digits(kernel_size: Any, dense: Any, monkey
     layer = KNConv2d(64, 1, kernel_size, inference_statistics="plain", eps=1e-12).eval()
     if dense:
         monkeypatch.setattr(modules, "use_eager_kernels", lambda x, settings: False)
-    for name, (x, bound, columns) in images_of_difficult_windows().items():
+    bound = 4e-6 if dense else 5e-7  # the dense form is relative to one of a pixel's numbers
+    for name, (x, columns) in images_of_difficult_windows().items():
         _, mu, rstd = layer.forward_with_statistics(x)
         units = F.unfold(x.double(), kernel_size)
         exact = (units.var(1, correction=0) + layer.eps).rsqrt().view_as(rstd)
@@ -572,7 +573,7 @@ def test_kernel_sizes_that_are_none(size: Any) -> None:
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, (2, 5)])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_padding_by_name(kernel_size: Any, dilation: Any) -> None:
-    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    x = torch.randn(2, 3, 9, 10, dtype=torch.float64)
     for padding in ("same", "valid"):
         layer = KNConv2d(3, 4, kernel_size, padding=padding, dilation=dilation).double().eval()
         theirs = nn.Conv2d(3, 4, kernel_size, padding=padding, dilation=dilation).double()

@@ -26,9 +26,6 @@ from .chunks import dense_layout, iter_chunks, match_memory_format
 from .dropout import dropout_mask
 from .moments import add_moments_gradient_, masked_moments
 
-# Squared mean over variance of a window from which a float32 convolution loses over 1e-5.
-ILL_CONDITIONED = 256.0
-
 
 def kn_conv_operation(
     x: Tensor, weight: Tensor, bias: Tensor | None, settings: ConvSettings
@@ -53,9 +50,9 @@ class _KNConv2d(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if s.dropout_p > 0.0 else 0
         x = dense_layout(x)
         mean, var = masked_moments(x, s.dropout_p, ctx.seed)
-        mu, var, rstd = unit_statistics(mean, var, s.window, x.shape[1], s.expected_p, s.eps)
+        mu, _, rstd = unit_statistics(mean, var, s.window, x.shape[1], s.expected_p, s.eps)
         if s.shift_input:
-            ctx.shift = _shift_if_needed(x, mu, var)
+            ctx.shift = _shift_if_needed(x)
         image, filters, (stride, padding, dilation, *_, groups) = _conv_arguments(ctx, x, weight)
         numerator = F.conv2d(image, filters, None, stride, padding, dilation, groups)
         offset = weight_sum = None
@@ -109,14 +106,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _shift_if_needed(x: Tensor, mu: Tensor, var: Tensor) -> Tensor | None:
-    """Return `functional.image_shift(x)`, or None if no window of the batch has |mean| > 16 std.
+def _shift_if_needed(x: Tensor) -> Tensor | None:
+    """Return `functional.image_shift(x)`, or None if that is 0 for every image.
 
     x - shift is a copy of x, too expensive to make without need; on a GPU looking costs more.
     """
-    if x.device.type == "cpu" and not bool((mu * mu > ILL_CONDITIONED * var).any()):
-        return None
-    return functional.image_shift(x)
+    shift = functional.image_shift(x)
+    return shift if x.device.type != "cpu" or bool(shift.any()) else None
 
 
 def _conv_arguments(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
