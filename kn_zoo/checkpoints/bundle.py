@@ -155,7 +155,7 @@ def write(
     *,
     recipe: Mapping[str, Any],
     log: Path,
-    predictions: Predictions,
+    predictions: Predictions | bytes,
     class_names: Sequence[str],
     dtype: torch.dtype = torch.float32,
     seconds: float | None = None,
@@ -170,7 +170,7 @@ def write(
         draft: what the manifest shall say; file, parameters and FLOPs are taken from the model.
         recipe: the settings that the training ran with.
         log: the CSV file of its progress.
-        predictions: made by ``model`` as it is stored, see `round_weights`.
+        predictions: made by ``model`` as it is stored, see `round_weights`; or the file's contents.
         dtype: how floating-point numbers are stored.
         seconds: that the training took, where that is known.
         folder: a place outside the package: the bundle is then the user's own, not in the manifest.
@@ -201,7 +201,9 @@ def write(
         CARD: card(weight).encode(),
         RECIPE: yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode(),
         LOG: log.read_bytes(),
-        PREDICTIONS: _predictions_file(predictions),
+        PREDICTIONS: predictions
+        if isinstance(predictions, bytes)
+        else _predictions_file(predictions),
         ENVIRONMENT: (environment() + took).encode(),
     }
     with _replaced(folder or weight.folder, contents):

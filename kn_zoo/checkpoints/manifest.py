@@ -47,8 +47,17 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """Scores of label maps in percent; ``iou`` by class, without those that do not occur."""
+
+    miou: float
+    class_accuracy: float
+    iou: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent; ``draws`` passes over the data were averaged (1 unless sampled).
+    """Accuracies in percent, of images or, with ``segmentation``, of pixels; ``draws`` passes over the data were averaged (1 unless sampled).
 
     ``top1_sd`` is the standard deviation over the draws, where it was measured.
     """
@@ -57,6 +66,7 @@ class Accuracy:
     top5: float | None
     draws: int = 1
     top1_sd: float | None = None
+    segmentation: Segmentation | None = None
 
 
 @dataclass(frozen=True)
@@ -215,12 +225,14 @@ class Checkpoint:
 
 
 def _measured(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if key != "top1_sd" or value is not None}
+    optional = ("top1_sd", "segmentation")
+    return {key: value for key, value in items if key not in optional or value is not None}
 
 
 def norm_of(architecture: str, model_args: Mapping[str, Any]) -> str:
     """What normalizes a network: "kernel", or the `norm` of a baseline, by default "batch"."""
-    return "kernel" if architecture.startswith("kn") else str(model_args.get("norm", "batch"))
+    backbone = architecture.removeprefix("fcn_")
+    return "kernel" if backbone.startswith("kn") else str(model_args.get("norm", "batch"))
 
 
 def load(path: Path | None = None) -> Mapping[str, Checkpoint]:

@@ -97,7 +97,7 @@ class Trainer:
         training_images: Any = None,
         progress_on: Any = None,
     ) -> None:
-        self.recipe, self.folder, self.pace = recipe, folder, pace
+        self.recipe, self.folder, self.place, self.pace = recipe, folder, place, pace
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes would not meet there
             mixed_precision=recipe.mixed_precision,
@@ -116,6 +116,12 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         with exact_float32():  # leaves the defaults said aloud; a compiled step heeds that too
             pass
+        network = self.load(share, training_images, progress_on)
+        self.prepare(network)
+
+    def load(self, share: Share, training_images: Any, progress_on: Any) -> nn.Module:
+        """Set `batches`, `test_set`, `progress_set` and `class_names`; return the network."""
+        recipe, place = self.recipe, self.place
         train_set = training_images
         if train_set is None:
             train_set = data.load_training(recipe, place)
@@ -128,11 +134,11 @@ class Trainer:
         for each in (self.test_set, self.progress_set):
             each.transform = eval_transform(network)
         self.batches = create_batches(
-            recipe, train_set, network, place, pace.workers, self.accelerator.device, share
+            recipe, train_set, network, place, self.pace.workers, self.accelerator.device, share
         )
         if recipe.on_device:  # decoding them anew each epoch would take longer than to train
             self.progress_set = data.InMemory(self.progress_set)
-        self.prepare(network)
+        return network
 
     def prepare(self, network: nn.Module) -> None:
         """Hand the network to Accelerate, with all that changes it or is changed with it."""
@@ -304,8 +310,8 @@ class Trainer:
         if self.by_epoch:
             self.scheduler.step(epoch + 1)
         loss = float(self.accelerator.reduce(state.loss, "mean")) / updates
-        found = self.evaluate(self.progress_set)
-        row = {"epoch": epoch + 1, "loss": loss, "top1": found.top1, "top5": found.top5, "lr": rate}
+        found = self.metrics(self.evaluate(self.progress_set))
+        row = {"epoch": epoch + 1, "loss": loss, **found, "lr": rate}
         state.rows.append(row)
         state.loss = None
         self.accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=state.updates)
@@ -319,6 +325,10 @@ class Trainer:
             self.state.loss = self.accelerator.reduce(self.state.loss, "mean")
         resume.save(self.accelerator, self.folder, self.state.updates)
         self.saved_at = time.monotonic()
+
+    def metrics(self, found: Any) -> dict[str, float]:
+        """What `evaluate` found, as columns of the log."""
+        return {"top1": found.top1, "top5": found.top5}
 
     def evaluate(self, dataset: Any, progress: str | None = None) -> Predictions:
         """Predictions for every image, each made by one process, known to all of them."""

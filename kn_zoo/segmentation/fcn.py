@@ -1,0 +1,148 @@
+"""Fully convolutional networks (Long, Shelhamer, Darrell, 2015) on any backbone of the zoo or timm.
+
+The head is that of the authors' FCN-ResNets: 3x3 convolution, normalization, ReLU, dropout, 1x1
+classifier. For kernel normalization, of which no code was published, it is KNConv2d 3x3, ReLU,
+dropout, plain 1x1 convolution. Maps of pre-activation networks are neither normalized nor activated;
+a head on them starts with that.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+from timm.layers import BatchNormAct2d, GroupNormAct
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from kn_zoo.layers import KNConv2d
+
+Norm = Literal["kernel", "batch", "group", "layer"]
+NORMS = ("kernel", "batch", "group", "layer")
+
+
+def norm_act(norm: Norm, channels: int) -> nn.Module:
+    """Normalization and ReLU; the ReLU alone for kernel normalization, which the convolution does."""
+    if norm == "kernel":
+        return nn.ReLU()
+    if norm == "batch":
+        return BatchNormAct2d(channels)
+    # 32 groups, but never a group of one channel, which would erase it
+    return GroupNormAct(channels, num_groups=1 if norm == "layer" else min(32, channels // 2))
+
+
+class FCNHead(nn.Module):
+    """Maps (N, C, h, w) to class scores (N, num_classes, h, w).
+
+    Args:
+        raw_maps: whether the maps still have to be normalized and activated.
+        kn_args: of KNConv2d (dropout_p, dropout, inference_statistics), for norm="kernel" only.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        chs: int,
+        num_classes: int,
+        norm: Norm,
+        raw_maps: bool,
+        drop_rate: float = 0.1,
+        **kn_args: Any,
+    ) -> None:
+        super().__init__()
+        self.pre = norm_act(norm, in_chs) if raw_maps else nn.Identity()
+        if norm == "kernel":
+            self.conv: nn.Module = KNConv2d(in_chs, chs, 3, padding=1, relu=True, **kn_args)
+            self.norm: nn.Module = nn.Identity()
+        else:
+            self.conv = nn.Conv2d(in_chs, chs, 3, padding=1, bias=False)
+            self.norm = norm_act(norm, chs)
+        self.drop = nn.Dropout(drop_rate)
+        self.classifier = nn.Conv2d(chs, num_classes, 1)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.classifier.weight, std=0.01)  # scores start near zero
+        for bias in (self.conv.bias, self.classifier.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.pre(x)))
+        return self.classifier(self.drop(x))
+
+
+class FCN(nn.Module):
+    """Backbone, head, and class scores enlarged to the image's size.
+
+    Images whose sides are no multiples of the last map's reduction are padded with zeros at the
+    bottom and on the right, and the scores cropped. Where `skips` are given, the maps of those
+    reductions have heads of their own, and coarser scores are enlarged and added to finer ones.
+
+    Args:
+        backbone: a network made with `features_only=True`.
+        norm: "kernel", "batch", "group" (32 groups) or "layer" (one group), of the heads.
+        raw_maps: whether the backbone's maps come before normalization and activation, as those
+            of pre-activation networks do; by default with kernel normalization only.
+        channels: width of the head.
+        skips: reductions, such as (8,) or (8, 4), of maps that get heads as wide as themselves.
+        kn_args: of the heads' KNConv2d (dropout_p, dropout, inference_statistics).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        norm: Norm = "kernel",
+        raw_maps: bool | None = None,
+        channels: int = 512,
+        skips: Sequence[int] = (),
+        drop_rate: float = 0.1,
+        **kn_args: Any,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm={norm!r}: use one of {', '.join(NORMS)}")
+        if kn_args and norm != "kernel":
+            raise TypeError(f"norm={norm!r} takes no {', '.join(kn_args)}: use norm='kernel'")
+        raw_maps = norm == "kernel" if raw_maps is None else raw_maps
+        info: Any = backbone.feature_info
+        reductions, widths = info.reduction(), info.channels()
+        self.num_classes, self.norm = num_classes, norm
+        self.reduction = reductions[-1]  # input pixels a pixel of the last map
+        self.backbone = backbone
+        head = partial(
+            FCNHead,
+            num_classes=num_classes,
+            norm=norm,
+            raw_maps=raw_maps,
+            drop_rate=drop_rate,
+            **kn_args,
+        )
+        self.head = head(widths[-1], channels)
+        self.taps = tuple(_tap(reductions, skip) for skip in sorted(skips, reverse=True))
+        self.skips = nn.ModuleList(head(widths[tap], widths[tap]) for tap in self.taps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores (N, num_classes, H, W) of images (N, C, H, W)."""
+        height, width = x.shape[-2:]
+        rows, columns = (-side % self.reduction for side in (height, width))
+        x = pad(x, (0, columns, 0, rows))
+        maps = self.backbone(x)
+        scores = self.head(maps[-1])
+        for tap, head in zip(self.taps, self.skips, strict=True):
+            finer = head(maps[tap])
+            scores = finer + enlarged(scores, finer.shape[-2:])
+        return enlarged(scores, x.shape[-2:])[..., :height, :width]
+
+
+def enlarged(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Scores (N, K, h, w) at another size, bilinear."""
+    if scores.shape[-2:] == tuple(size):
+        return scores
+    return interpolate(scores, list(size), mode="bilinear", align_corners=False)
+
+
+def _tap(reductions: Sequence[int], skip: int) -> int:
+    """Number of the last map of this reduction, which must be finer than the last map of all."""
+    finer = [r for r in reductions if r < reductions[-1]]
+    if skip not in finer:
+        raise ValueError(f"skip from reduction {skip}: this backbone has {sorted(set(finer))}")
+    return len(finer) - 1 - finer[::-1].index(skip)
