@@ -10,9 +10,12 @@ import timm as _timm
 import torch as _torch
 
 import kn_zoo as _kn_zoo
+from kn_zoo import segmentation as _segmentation
 from kn_zoo.checkpoints import manifest as _manifest
 
 dependencies = ["torch", "timm", "safetensors", "huggingface_hub"]
+
+_SEGMENTATION = _segmentation.list_segmentation_models()
 
 
 def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
@@ -20,7 +23,10 @@ def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
         pretrained: bool = False, tag: str | None = None, **kwargs: _typing.Any
     ) -> _torch.nn.Module:
         name = f"{architecture}.{tag}" if tag else architecture
-        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+        factory: _typing.Any = _timm.create_model
+        if architecture in _SEGMENTATION:
+            factory = _segmentation.create_segmentation_model
+        return factory(name, pretrained=pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture
     create.__doc__ = f"""{architecture} of kn_zoo {_kn_zoo.__version__}.
@@ -28,7 +34,7 @@ def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
     Args:
         pretrained: load trained weights; their SHA-256 is compared with the manifest's.
         tag: which of them, the first if not given.{_describe_weights(architecture)}
-        kwargs: anything that timm.create_model takes (num_classes, in_chans, features_only, ...).
+        kwargs: anything that timm.create_model, or for fcn_* create_segmentation_model, takes.
     """
     return create
 
@@ -50,3 +56,5 @@ def _describe_weights(architecture: str) -> str:
 for _name in _timm.list_models():
     if _timm.models.model_entrypoint(_name).__module__.startswith(f"{_kn_zoo.__name__}."):
         globals()[_name] = _entry_point(_name)
+for _name in _SEGMENTATION:
+    globals()[_name] = _entry_point(_name)

@@ -7,13 +7,16 @@ __version__ = "0.1.0"
 
 from . import models
 from .layers import KernelNorm1d, KernelNorm2d, KNConv2d, freeze, set_inference_statistics
+from .segmentation import create_segmentation_model, list_segmentation_models
 
 __all__ = [
     "KNConv2d",
     "KernelNorm1d",
     "KernelNorm2d",
     "__version__",
+    "create_segmentation_model",
     "freeze",
+    "list_segmentation_models",
     "models",
     "set_inference_statistics",
 ]

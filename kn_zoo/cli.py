@@ -4,6 +4,7 @@ Exit status: 0; 1 if `verify` finds something wrong; 2 for bad usage, for what c
 an image could not be classified (the others were).
 """
 
+import io
 import os
 import sys
 import warnings
@@ -25,9 +26,11 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 import kn_zoo
+from kn_zoo import segmentation
 from kn_zoo.checkpoints import bundle, loading, manifest, offline, upstream
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import predict as evaluate
+from kn_zoo.segmentation import overlay as pictures
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 to 60 million; decoded to RGB this is 300 MB
 MAX_ELONGATION = 50  # with a short side of 256 the long side stays below 12,800 pixels
@@ -330,6 +333,82 @@ def predict(
         for index, value in zip(indices[0].tolist(), values[0].tolist(), strict=True):
             print(f"  {100 * value:6.2f} %  {class_names[index]}")
     return 2 if failed else 0
+
+
+@app.command()
+def segment(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Write the image under the classes' colours, with a legend, here."),
+    ] = None,
+    label_map: Annotated[
+        Path | None, typer.Option(help="Write the classes as a palette image (PNG) here.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="architecture[.tag], or a bundle: local-dir:FOLDER. By default the first "
+            "segmentation checkpoint that travels with the package."
+        ),
+    ] = None,
+) -> int:
+    """Print which share of each image each class has; write overlays and label maps.
+
+    With several images, --overlay and --label-map name folders. An image that cannot be used gets
+    one line on stderr; the others are segmented, and the exit status is 2.
+    """
+    network = load_segmenter(model)
+    names, palette = pictures.class_names(network), pictures.palette(network)
+    failed = 0
+    for path in images:
+        try:
+            picture = open_image(path).convert("RGB")
+        except UnusableImage as error:
+            failed += 1
+            print(one_line(f"{path}: {error}"), file=sys.stderr)
+            continue
+        labels = pictures.label_map(network, picture)
+        print(one_line(path))
+        for name, share in pictures.shares(labels, names):
+            print(f"  {share:6.2f} %  {name}")
+        several = len(images) > 1
+        if overlay:
+            save(pictures.overlay(picture, labels, palette, names), overlay, path, several)
+        if label_map:
+            save(pictures.colours(labels, palette), label_map, path, several)
+    return 2 if failed else 0
+
+
+def load_segmenter(name: str | None) -> nn.Module:
+    """A segmentation network in eval mode."""
+    try:
+        if name and name.startswith("local-dir:"):
+            return segmentation.load_bundle(name.removeprefix("local-dir:"))
+        known = segmentation.list_segmentation_models(pretrained=True)
+        if name is None and not known:
+            raise UsageError(
+                "no segmentation checkpoint travels with this package: name a bundle with "
+                "--model local-dir:FOLDER"
+            )
+        return segmentation.create_segmentation_model(name or known[0], pretrained=True).eval()
+    except (loading.WeightsError, LookupError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(str(error.args[0] if error.args else error)) from None
+
+
+def save(picture: Image.Image, out: Path, image: str, several: bool) -> None:
+    """Write a picture as a whole or not at all."""
+    target = pictures.output_path(out, image, several)
+    if not target.suffix:
+        target = target.with_suffix(".png")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = io.BytesIO()
+        picture.save(data, format=Image.registered_extensions().get(target.suffix.lower(), "PNG"))
+        manifest.write_bytes(target, data.getvalue())
+    except OSError as error:
+        raise UsageError(f"{target} could not be written ({error.strerror or error})") from None
+    print(one_line(f"  {target}"))
 
 
 def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:

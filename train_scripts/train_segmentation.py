@@ -1,11 +1,11 @@
 """Train a segmentation network from a recipe, evaluate what is stored, and write its bundle.
 
 - `python train_scripts/train_segmentation.py train_scripts/recipes/camvid.yaml NAME --data-dir DIR`
-- `python train_scripts/train_segmentation.py train_scripts/recipes/camvid_small_batch.yaml --table FILE.csv`
+- `python train_scripts/train_segmentation.py RECIPE --table FILE.csv` (all recipes of the file)
 - `accelerate launch --num_processes 2 train_scripts/train_segmentation.py RECIPE NAME`
 
 The recipe decides everything that changes the result. A run lives in runs/NAME/: checkpoints,
-train_log.csv, TensorBoard's events, and at the end result.json and bundle/. Rerun the same command to
+train_log.csv, TensorBoard's events, and at the end result.json and bundle/. Rerun the command to
 resume an interrupted run; on a CPU it ends with the same bits as an uninterrupted one.
 
 Exit status: 0 the bundle is written, 2 bad input or no room, 75 --minutes are over, 130 Ctrl-C.
@@ -47,7 +47,8 @@ def main(
     ] = float("inf"),
     checkpoint_minutes: Annotated[float, typer.Option(help="time between checkpoints")] = 10.0,
     table: Annotated[
-        Path | None, typer.Option(help="train all recipes of the file, and write their results here")
+        Path | None,
+        typer.Option(help="train all recipes of the file; write their results here"),
     ] = None,
     in_package: Annotated[
         bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")

@@ -57,9 +57,9 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent, of images or, with ``segmentation``, of pixels; ``draws`` passes over the data were averaged (1 unless sampled).
+    """Accuracies in percent, of images or, with ``segmentation``, of pixels.
 
-    ``top1_sd`` is the standard deviation over the draws, where it was measured.
+    ``draws`` passes over the data were averaged (1 unless sampled). ``top1_sd`` is the standard deviation over the draws, where it was measured.
     """
 
     top1: float

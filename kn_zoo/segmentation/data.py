@@ -185,7 +185,9 @@ def _cityscapes(split: str, root: Path | str | None) -> LabelledImages:
     missing = [str(label) for _, label in files if not label.is_file()]
     if missing or not files:
         what = f"{missing[0]} is missing" if missing else f"{home} has no {split} images"
-        raise MissingData(f"{what}: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip")
+        raise MissingData(
+            f"{what}: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+        )
     class_ids = np.full(256, CLASSES["cityscapes"].void, np.uint8)
     for label in _CITYSCAPES:
         class_ids[label.id] = label.train_id

@@ -33,7 +33,7 @@ class Scores:
 
     @property
     def iou(self) -> np.ndarray:
-        """(K,) intersection over union; NaN for a class that neither labels nor predictions have."""
+        """(K,) intersection over union; NaN for a class in neither labels nor predictions."""
         hits = np.diag(self.confusion).astype(float)
         union = self.confusion.sum(0) + self.confusion.sum(1) - hits
         return 100 * _ratio(hits, union)
@@ -94,8 +94,9 @@ def segment(
 ) -> Iterator[Segmented]:
     """Segment every image in order, one at a time, in eval mode and float32.
 
-    Where `transform` changes an image's size, scores are enlarged to that of its labels. The model is moved to `device` and left there; its training flag is restored. `workers`
-    processes decode images. `progress` is the label of a progress bar on stderr.
+    Where `transform` changes an image's size, scores are enlarged to that of its labels. The model
+    is moved to `device` and left there; its training flag is restored. `workers` processes decode
+    images. `progress` is the label of a progress bar on stderr.
     """
     images = copy.copy(images)
     images.transform = transform
@@ -203,9 +204,7 @@ class Comparison:
         return abs(self.found.miou - self.stored.miou)
 
 
-def compare(
-    results: Iterator[Segmented], stored: LabelMaps, bound: float = NEAR_TIE
-) -> Comparison:
+def compare(results: Iterator[Segmented], stored: LabelMaps, bound: float = NEAR_TIE) -> Comparison:
     """Compare what a network finds, image by image and pixel by pixel, with what is stored.
 
     An image matches if its true labels have the stored hash, its stored confusion matrix is that of
@@ -256,7 +255,7 @@ def _near_ties(scores: Tensor, bound: float) -> int:
 
 
 def _explained(scores: Tensor, stored: np.ndarray, bound: float) -> bool:
-    """Whether each stored class is one, and scores within `bound` of the best; NaN explains none."""
+    """Whether each stored class exists and scores within `bound` of the best; false for NaN."""
     if stored.max(initial=0) >= len(scores):
         return False
     theirs = scores.gather(0, torch.from_numpy(stored.astype(np.int64))[None])[0]

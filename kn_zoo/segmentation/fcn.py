@@ -2,8 +2,8 @@
 
 The head is that of the authors' FCN-ResNets: 3x3 convolution, normalization, ReLU, dropout, 1x1
 classifier. For kernel normalization, of which no code was published, it is KNConv2d 3x3, ReLU,
-dropout, plain 1x1 convolution. Maps of pre-activation networks are neither normalized nor activated;
-a head on them starts with that.
+dropout, plain 1x1 convolution. Maps of pre-activation networks are neither normalized nor
+activated; a head on them starts with that.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ NORMS = ("kernel", "batch", "group", "layer")
 
 
 def norm_act(norm: Norm, channels: int) -> nn.Module:
-    """Normalization and ReLU; the ReLU alone for kernel normalization, which the convolution does."""
+    """Normalization and ReLU; only the ReLU where the convolution normalizes."""
     if norm == "kernel":
         return nn.ReLU()
     if norm == "batch":

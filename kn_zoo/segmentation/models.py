@@ -47,7 +47,9 @@ class Architecture:
 
 
 BASELINES = ("batch", "group", "layer")
-SLIM: Mapping[str, Any] = dict(widths=(32, 64, 128, 256), output_stride=16, channels=128, skips=(8, 4))
+SLIM: Mapping[str, Any] = dict(
+    widths=(32, 64, 128, 256), output_stride=16, channels=128, skips=(8, 4)
+)
 ARCHITECTURES = {
     # The authors' FCN-ResNets, and the same with kernel-normalized backbones
     "fcn_resnet18": Architecture("resnet18", "conv1", BASELINES, raw_maps=False),
@@ -112,7 +114,9 @@ def create_segmentation_model(
     architecture = name.partition(".")[0]
     if architecture not in ARCHITECTURES:
         near = get_close_matches(architecture, ARCHITECTURES, n=3, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose from {list(ARCHITECTURES)}"
+        hint = (
+            f"Did you mean {' or '.join(near)}?" if near else f"Choose from {list(ARCHITECTURES)}"
+        )
         raise LookupError(f"No segmentation model is called {architecture!r}. {hint}")
     checkpoint = manifest.find(name) if pretrained or "." in name else None
     cfg: dict[str, Any] = DEFAULT_CFG | dict(first_conv=ARCHITECTURES[architecture].first_conv)

@@ -66,11 +66,10 @@ class PixelCrossEntropy(nn.Module):
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        total = cross_entropy(
-            scores, labels, self.weights, ignore_index=self.void, reduction="sum"
-        )
+        weights = self.weights.to(scores.dtype)
+        total = cross_entropy(scores, labels, weights, ignore_index=self.void, reduction="sum")
         counted = labels != self.void
-        size = (self.weights[labels.where(counted, 0)] * counted).sum()
+        size = (weights[labels.where(counted, 0)] * counted).sum()
         return total / torch.where(size > 0, size, 1)
 
 
@@ -120,9 +119,7 @@ class SegmentationTrainer(Trainer):
                 f"a batch of {recipe.batch_size} needs more than {len(train_set)} images"
             )
         self.network_transform = eval_transform(recipe.preprocessing)
-        transform = training_transform(
-            recipe.augmentation, recipe.preprocessing, self.classes.void
-        )
+        transform = training_transform(recipe.augmentation, recipe.preprocessing, self.classes.void)
         self.batches = PairBatches(
             recipe, train_set, transform, self.pace.workers, self.accelerator.device, share
         )
