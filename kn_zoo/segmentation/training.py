@@ -76,7 +76,7 @@ class PixelCrossEntropy(nn.Module):
 class AugmentedPairs(Augmented):
     """A pair by (epoch, position in it, image number), augmented as those three decide."""
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
         epoch, position, index = key
         pair = self.images[index]
         with seeded(seed_of(self.seed, epoch, position)):
@@ -130,8 +130,8 @@ class SegmentationTrainer(Trainer):
         weights = self.recipe.class_weights or [1.0] * len(self.classes)
         if len(weights) != len(self.classes):
             raise UserError(f"class_weights: give {len(self.classes)} numbers, not {len(weights)}")
-        self.criterion: nn.Module = PixelCrossEntropy(weights, self.classes.void)
-        self.criterion.to(self.accelerator.device)
+        criterion = PixelCrossEntropy(weights, self.classes.void)
+        self.criterion = criterion.to(self.accelerator.device)
 
     def metrics(self, found: Scores) -> dict[str, float]:
         return {name: getattr(found, name) for name in METRICS}
@@ -160,7 +160,9 @@ class SegmentationTrainer(Trainer):
         )
 
 
-UNUSED = {  # fields of a recipe that segmentation has no use for, with their defaults
+UNUSED: dict[
+    str, Any
+] = {  # fields of a recipe that segmentation has no use for, with their defaults
     "train_dataset": None,
     "num_classes": None,
     "erasing": None,
@@ -288,6 +290,15 @@ def summary(draws: Sequence[Scores], class_names: Sequence[str]) -> dict[str, An
     }
 
 
+def preprocessing(recipe: SegmentationRecipe) -> manifest.Preprocessing:
+    """The recipe's preprocessing as the manifest has it."""
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in recipe.preprocessing.items()
+    }
+    return manifest.Preprocessing(**fields)
+
+
 def write_bundle(
     trainer: SegmentationTrainer,
     recipe_path: Path,
@@ -315,9 +326,7 @@ def write_bundle(
             recipe.dataset, recipe.eval_split, len(trainer.test_set), len(trainer.class_names)
         ),
         reported=manifest.Reported("kn_zoo", reported),
-        preprocessing=manifest.Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.preprocessing.items()}
-        ),
+        preprocessing=preprocessing(recipe),
         licenses=manifest.Licenses(**recipe.licenses),
         recipe=f"train_scripts/recipes/{recipe_path.name}",
         seeds=(recipe.seed,),

@@ -174,7 +174,7 @@ class Trainer:
             with settings("mixup"):
                 self.mixup = Mixup(num_classes=classes, label_smoothing=smoothing, **recipe.mixup)
             smoothing = 0.0
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     @property
     def updates(self) -> int:
