@@ -1,6 +1,6 @@
 """Train a segmentation network from a recipe, evaluate what is stored, and write its bundle.
 
-- `python train_scripts/train_segmentation.py train_scripts/recipes/camvid.yaml NAME --data-dir DIR`
+- `python train_scripts/train_segmentation.py train_scripts/recipes/segmentation/camvid.yaml NAME`
 - `python train_scripts/train_segmentation.py RECIPE --table FILE.csv` (all recipes of the file)
 - `accelerate launch --num_processes 2 train_scripts/train_segmentation.py RECIPE NAME`
 

@@ -116,9 +116,9 @@ class FCN(nn.Module):
             drop_rate=drop_rate,
             **kn_args,
         )
-        self.head = head(widths[-1], channels)
+        self.head = head(in_chs=widths[-1], chs=channels)
         self.taps = tuple(_tap(reductions, skip) for skip in sorted(skips, reverse=True))
-        self.skips = nn.ModuleList(head(widths[tap], widths[tap]) for tap in self.taps)
+        self.skips = nn.ModuleList(head(in_chs=widths[tap], chs=widths[tap]) for tap in self.taps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores (N, num_classes, H, W) of images (N, C, H, W)."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -123,7 +124,10 @@ class SegmentationTrainer(Trainer):
         self.batches = PairBatches(
             recipe, train_set, transform, self.pace.workers, self.accelerator.device, share
         )
-        return create_network(recipe, self.class_names).to(self.accelerator.device)
+        network = create_network(recipe, self.class_names).to(self.accelerator.device)
+        if share.processes > 1 and self.accelerator.device.type == "cuda":
+            network = convert_sync_batchnorm(network)  # as the authors' batch normalization
+        return network
 
     def prepare(self, network: nn.Module) -> None:
         super().prepare(network)
@@ -328,7 +332,7 @@ def write_bundle(
         reported=manifest.Reported("kn_zoo", reported),
         preprocessing=preprocessing(recipe),
         licenses=manifest.Licenses(**recipe.licenses),
-        recipe=f"train_scripts/recipes/{recipe_path.name}",
+        recipe=f"train_scripts/recipes/segmentation/{recipe_path.name}",
         seeds=(recipe.seed,),
     )
     checkpoint = bundle.write(

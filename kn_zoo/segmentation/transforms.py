@@ -67,7 +67,7 @@ def training_transform(
     steps: list[nn.Module] = []
     with settings("augmentation"):
         for name, arguments in (item for step in augmentation for item in step.items()):
-            kind = RandomScale if name == "RandomScale" else getattr(v2, name)
+            kind: Any = RandomScale if name == "RandomScale" else getattr(v2, name)
             steps.append(kind(**({"fill": fill} if name in PADS else {}), **arguments))
     return v2.Compose([*steps, *_pixels(preprocessing)])
 
