@@ -59,7 +59,8 @@ class Segmentation:
 class Accuracy:
     """Accuracies in percent, of images or, with ``segmentation``, of pixels.
 
-    ``draws`` passes over the data were averaged (1 unless sampled). ``top1_sd`` is the standard deviation over the draws, where it was measured.
+    ``draws`` passes over the data were averaged (1 unless sampled). ``top1_sd`` is the standard
+    deviation over the draws, where it was measured.
     """
 
     top1: float
