@@ -6,6 +6,7 @@ Importing this package registers its models with timm and does nothing else.
 __version__ = "0.1.0"
 
 from . import models
+from .convert import convert
 from .layers import KernelNorm1d, KernelNorm2d, KNConv2d, freeze, set_inference_statistics
 from .segmentation import create_segmentation_model, list_segmentation_models
 
@@ -14,6 +15,7 @@ __all__ = [
     "KernelNorm1d",
     "KernelNorm2d",
     "__version__",
+    "convert",
     "create_segmentation_model",
     "freeze",
     "list_segmentation_models",

@@ -1,14 +1,16 @@
-"""Train a segmentation network from a recipe, evaluate what is stored, and write its bundle.
+"""Train a segmentation network from a recipe, evaluate it, and write its bundle.
 
 - `python train_scripts/train_segmentation.py train_scripts/recipes/segmentation/camvid.yaml NAME`
 - `python train_scripts/train_segmentation.py RECIPE --table FILE.csv` (all recipes of the file)
 - `accelerate launch --num_processes 2 train_scripts/train_segmentation.py RECIPE NAME`
 
-The recipe decides everything that changes the result. A run lives in runs/NAME/: checkpoints,
-train_log.csv, TensorBoard's events, and at the end result.json and bundle/. Rerun the command to
-resume an interrupted run; on a CPU it ends with the same bits as an uninterrupted one.
+The recipe contains all settings that affect the result. The run folder runs/NAME/ contains training
+states, train_log.csv, TensorBoard events and, at the end, result.json and bundle/.
 
-Exit status: 0 the bundle is written, 2 bad input or no room, 75 --minutes are over, 130 Ctrl-C.
+Rerun the same command to resume an interrupted run. On a CPU the result is bit-identical to that of
+an uninterrupted run.
+
+Exit status: 0 success; 2 invalid input or no disk space; 75 --minutes reached; 130 Ctrl-C.
 """
 
 import sys
@@ -20,56 +22,61 @@ import typer
 
 from kn_zoo import cli, data
 from kn_zoo.checkpoints import manifest
-from kn_zoo.segmentation.training import SegmentationRecipe, compare, train
-from kn_zoo.training.data import Place
-from kn_zoo.training.recipe import UserError, names
-from kn_zoo.training.trainer import Interrupted, Pace
+from kn_zoo.segmentation.training import SegmentationRecipe, run_grid, train
+from kn_zoo.training.data import DataConfig
+from kn_zoo.training.recipe import UserError, variant_names
+from kn_zoo.training.trainer import Interrupted, RunConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @app.command(help=__doc__)
 def main(
-    recipe: Annotated[Path, typer.Argument(help="a YAML file, such as recipes/camvid.yaml")],
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, see recipes/")],
     variant: Annotated[
-        str | None, typer.Argument(help="which recipe of the file, if it holds several")
+        str | None, typer.Argument(help="name of the recipe, if the file contains several")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="run folder (default: runs/NAME)")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="folder that holds the data sets")] = None,
-    workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
-    seeds: Annotated[list[int] | None, typer.Option(help="for --table; repeat for several")] = None,
-    epochs: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
-    updates: Annotated[
-        int | None, typer.Option(help="a dry run: stop there, evaluate, write the bundle")
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="folder of the data sets (default: $KN_ZOO_DATA, else the cache)"),
     ] = None,
-    minutes: Annotated[
-        float, typer.Option(help="stop, resumably, when training has taken so long")
-    ] = float("inf"),
-    checkpoint_minutes: Annotated[float, typer.Option(help="time between checkpoints")] = 10.0,
+    workers: Annotated[int, typer.Option(help="number of processes that load images")] = 0,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="with --table; repeat the option for several")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="replaces the recipe's epochs")] = None,
+    updates: Annotated[
+        int | None, typer.Option(help="dry run: stop after this many updates, then evaluate")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="stop after this time; rerun to resume")] = float(
+        "inf"
+    ),
+    save_minutes: Annotated[float, typer.Option(help="time between training states")] = 10.0,
     table: Annotated[
         Path | None,
-        typer.Option(help="train all recipes of the file; write their results here"),
+        typer.Option(help="train all recipes of the file and write their results to this CSV file"),
     ] = None,
     in_package: Annotated[
-        bool, typer.Option(help="write the bundle into kn_zoo/pretrained and the manifest")
+        bool, typer.Option(help="write the bundle to kn_zoo/pretrained and the manifest")
     ] = False,
 ) -> int:
     try:
         if table and in_package:
-            raise UserError("--table only compares: leave --in-package out")
-        every = names(recipe) if table and variant is None else [variant]
-        changes = {"epochs": epochs, "updates": updates, "sampled_draws": 1 if updates else None}
-        given = {key: value for key, value in changes.items() if value is not None}
-        chosen = [replace(SegmentationRecipe.read(recipe, each), **given) for each in every]
-        folder = output or Path("runs") / (recipe.stem if table else chosen[0].name)
-        place, pace = Place(data_dir), Pace(workers, checkpoint_minutes, minutes)
+            raise UserError("--table stores no weights: omit --in-package")
+        variants = variant_names(path) if table and variant is None else [variant]
+        options = {"epochs": epochs, "updates": updates, "sampled_draws": 1 if updates else None}
+        changes = {name: value for name, value in options.items() if value is not None}
+        recipes = [replace(SegmentationRecipe.read(path, name), **changes) for name in variants]
+        folder = output or Path("runs") / (path.stem if table else recipes[0].name)
+        data_config, run_config = DataConfig(data_dir), RunConfig(workers, save_minutes, minutes)
         if table:
-            compare(chosen, folder, place, pace, seeds or [chosen[0].seed], table)
+            run_grid(recipes, folder, data_config, run_config, seeds or [recipes[0].seed], table)
         else:
-            train(chosen[0], recipe, folder, place, pace, in_package)
-    except Interrupted as stop:
-        print(f"train_segmentation.py: {stop}", file=sys.stderr)
-        return stop.status
+            train(recipes[0], path, folder, data_config, run_config, in_package)
+    except Interrupted as error:
+        print(f"train_segmentation.py: {error}", file=sys.stderr)
+        return error.status
     except (UserError, data.MissingData, manifest.ManifestError, OSError, ValueError) as error:
         print(f"train_segmentation.py: {cli.one_line(error)}", file=sys.stderr)
         return 2

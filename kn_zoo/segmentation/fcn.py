@@ -1,9 +1,9 @@
 """Fully convolutional networks (Long, Shelhamer, Darrell, 2015) on any backbone of the zoo or timm.
 
 The head is that of the authors' FCN-ResNets: 3x3 convolution, normalization, ReLU, dropout, 1x1
-classifier. For kernel normalization, of which no code was published, it is KNConv2d 3x3, ReLU,
-dropout, plain 1x1 convolution. Maps of pre-activation networks are neither normalized nor
-activated; a head on them starts with that.
+classifier. No code was published for kernel normalization; here its head is KNConv2d 3x3, ReLU,
+dropout, plain 1x1 convolution. The maps of pre-activation networks are neither normalized nor
+activated, so a head on them starts with normalization and ReLU.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ NORMS = ("kernel", "batch", "group", "layer")
 
 
 def norm_act(norm: Norm, channels: int) -> nn.Module:
-    """Normalization and ReLU; only the ReLU where the convolution normalizes."""
+    """Return normalization and ReLU; only the ReLU for "kernel", as the convolution normalizes."""
     if norm == "kernel":
         return nn.ReLU()
     if norm == "batch":
         return BatchNormAct2d(channels)
-    # 32 groups, but never a group of one channel, which would erase it
+    # A group of one channel would remove its mean from a 1x1 map.
     return GroupNormAct(channels, num_groups=1 if norm == "layer" else min(32, channels // 2))
 
 
 class FCNHead(nn.Module):
-    """Maps (N, C, h, w) to class scores (N, num_classes, h, w).
+    """Head from maps (N, C, h, w) to class scores (N, num_classes, h, w).
 
     Args:
-        raw_maps: whether the maps still have to be normalized and activated.
-        kn_args: of KNConv2d (dropout_p, dropout, inference_statistics), for norm="kernel" only.
+        raw_maps: whether the maps have yet to be normalized and activated.
+        kn_args: arguments of KNConv2d (dropout_p, dropout, inference_statistics).
     """
 
     def __init__(
@@ -70,21 +70,30 @@ class FCNHead(nn.Module):
 
 
 class FCN(nn.Module):
-    """Backbone, head, and class scores enlarged to the image's size.
+    """Fully convolutional network: backbone, head, and bilinear resizing to the image's size.
 
-    Images whose sides are no multiples of the last map's reduction are padded with zeros at the
-    bottom and on the right, and the scores cropped. Where `skips` are given, the maps of those
-    reductions have heads of their own, and coarser scores are enlarged and added to finer ones.
+    Images are padded with zeros at the bottom and on the right to a multiple of the last map's
+    reduction, and the scores are cropped. With `skips`, the maps of these reductions have their own
+    heads, and coarser scores are resized and added to finer ones, as in FCN-8s.
 
     Args:
-        backbone: a network made with `features_only=True`.
-        norm: "kernel", "batch", "group" (32 groups) or "layer" (one group), of the heads.
-        raw_maps: whether the backbone's maps come before normalization and activation, as those
-            of pre-activation networks do; by default with kernel normalization only.
+        backbone: network created with `features_only=True`.
+        norm: normalization of the heads: "kernel", "batch", "group" (32 groups) or "layer" (one).
+        raw_maps: whether the backbone's maps precede normalization and activation, as in
+            pre-activation networks; by default only for "kernel".
         channels: width of the head.
-        skips: reductions, such as (8,) or (8, 4), of maps that get heads as wide as themselves.
-        kn_args: of the heads' KNConv2d (dropout_p, dropout, inference_statistics).
+        skips: reductions of further maps, such as (8, 4), whose heads are as wide as the maps.
+        kn_args: arguments of the heads' KNConv2d (dropout_p, dropout, inference_statistics).
+
+    Raises:
+        ValueError: unknown `norm`, or the backbone has no map of a reduction in `skips`.
+        TypeError: `kn_args` without kernel normalization.
     """
+
+    head: FCNHead
+    num_features: int
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -106,7 +115,7 @@ class FCN(nn.Module):
         info: Any = backbone.feature_info
         reductions, widths = info.reduction(), info.channels()
         self.num_classes, self.norm = num_classes, norm
-        self.reduction = reductions[-1]  # input pixels a pixel of the last map
+        self.reduction = reductions[-1]  # side of a pixel of the last map, in pixels of the input
         self.backbone = backbone
         head = partial(
             FCNHead,
@@ -121,7 +130,7 @@ class FCN(nn.Module):
         self.skips = nn.ModuleList(head(in_chs=widths[tap], chs=widths[tap]) for tap in self.taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores (N, num_classes, H, W) of images (N, C, H, W)."""
+        """Return class scores (N, num_classes, H, W) of images (N, C, H, W)."""
         height, width = x.shape[-2:]
         rows, columns = (-side % self.reduction for side in (height, width))
         x = pad(x, (0, columns, 0, rows))
@@ -129,19 +138,19 @@ class FCN(nn.Module):
         scores = self.head(maps[-1])
         for tap, head in zip(self.taps, self.skips, strict=True):
             finer = head(maps[tap])
-            scores = finer + enlarged(scores, finer.shape[-2:])
-        return enlarged(scores, x.shape[-2:])[..., :height, :width]
+            scores = finer + resize_scores(scores, finer.shape[-2:])
+        return resize_scores(scores, x.shape[-2:])[..., :height, :width]
 
 
-def enlarged(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Scores (N, K, h, w) at another size, bilinear."""
+def resize_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize scores (N, K, h, w) to `size`, bilinearly."""
     if scores.shape[-2:] == tuple(size):
         return scores
     return interpolate(scores, list(size), mode="bilinear", align_corners=False)
 
 
 def _tap(reductions: Sequence[int], skip: int) -> int:
-    """Number of the last map of this reduction, which must be finer than the last map of all."""
+    """Return the index of the last map with reduction `skip`, finer than the backbone's last."""
     finer = [r for r in reductions if r < reductions[-1]]
     if skip not in finer:
         raise ValueError(f"skip from reduction {skip}: this backbone has {sorted(set(finer))}")

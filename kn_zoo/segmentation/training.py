@@ -1,4 +1,4 @@
-"""Training of segmentation networks: `kn_zoo.training.trainer` on pairs of image and label map."""
+"""Training of segmentation networks: `kn_zoo.training` on pairs of image and label map."""
 
 import copy
 import json
@@ -16,26 +16,31 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import kn_zoo
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle, files, manifest
+from kn_zoo.checkpoints.label_maps import LabelMaps, Scores, confusion_matrix
 from kn_zoo.segmentation import data
-from kn_zoo.segmentation.evaluate import (
-    LabelMaps,
-    Scores,
-    Segmented,
-    confusion_matrix,
-    label_maps,
-    segment,
-)
+from kn_zoo.segmentation.evaluate import Segmented, collect_label_maps, segment
 from kn_zoo.segmentation.models import create_segmentation_model
 from kn_zoo.segmentation.transforms import eval_transform, training_transform
-from kn_zoo.training.batches import Augmented, LoaderBatches, Share, seed_of, seeded
-from kn_zoo.training.data import Place
-from kn_zoo.training.experiments import claim, is_kernel_normalized, write_table
-from kn_zoo.training.recipe import Recipe, UserError, settings
-from kn_zoo.training.trainer import LOG, Pace, Trainer, memory_format
+from kn_zoo.training.batches import Augmented, LoaderBatches, Shard, derive_seed, seeded
+from kn_zoo.training.data import DataConfig
+from kn_zoo.training.recipe import Recipe, UserError, recipe_settings
+from kn_zoo.training.report import RESULT, is_kernel_normalized
+from kn_zoo.training.resume import prepare_run_dir
+from kn_zoo.training.trainer import LOG, RunConfig, Trainer, memory_format, write_csv
 
-RESULT = "result.json"
 METRICS = ("miou", "pixel_accuracy", "class_accuracy")
+UNUSED: dict[str, Any] = {  # fields of a recipe that segmentation does not have, and their defaults
+    "train_dataset": None,
+    "num_classes": None,
+    "erasing": None,
+    "mixup": None,
+    "repeated_augmentation": 1,
+    "resolutions": {},
+    "label_smoothing": 0.0,
+    "on_device": False,
+    "held_out": 0.0,
+}
 
 
 @dataclass
@@ -47,16 +52,17 @@ class SegmentationRecipe(Recipe):
     """
 
     class_weights: list[float] | None = None  # of the loss
-    progress_split: str | None = None  # what each epoch is measured on; by default `eval_split`
+    progress_split: str | None = None  # split to evaluate each epoch on; by default `eval_split`
 
 
 class PixelCrossEntropy(nn.Module):
     """Cross-entropy of scores (N, K, H, W) and labels (N, H, W), averaged over the labelled pixels.
 
-    Void pixels add nothing to loss and gradient; of a batch of void the loss is zero.
+    Void pixels have no loss and no gradient. The loss of a batch of void is zero.
 
     Args:
-        weights: (K,) of the classes, by which the mean is weighted.
+        weights: weight of each class in the mean, (K,).
+        void: label of void pixels.
     """
 
     weights: Tensor
@@ -75,17 +81,17 @@ class PixelCrossEntropy(nn.Module):
 
 
 class AugmentedPairs(Augmented):
-    """A pair by (epoch, position in it, image number), augmented as those three decide."""
+    """Pairs of image and labels, augmented as in `Augmented`."""
 
     def __getitem__(self, key: tuple[int, int, int]) -> Any:
         epoch, position, index = key
         pair = self.images[index]
-        with seeded(seed_of(self.seed, epoch, position)):
+        with seeded(derive_seed(self.seed, epoch, position)):
             return self.transform(*pair)
 
 
 class PairBatches(LoaderBatches):
-    """`LoaderBatches` of pairs."""
+    """Batches of augmented pairs of image and labels."""
 
     def __init__(
         self,
@@ -94,42 +100,44 @@ class PairBatches(LoaderBatches):
         transform: Callable,
         workers: int,
         device: torch.device,
-        share: Share,
+        shard: Shard,
     ) -> None:
-        super().__init__(recipe, images, transform, workers, device, share)
+        super().__init__(recipe, images, transform, workers, device, shard)
         self.augmented = AugmentedPairs(images, transform, recipe.seed)
 
 
 class SegmentationTrainer(Trainer):
-    """The trainer of classification with pairs, pixel-wise loss, and scores of label maps."""
+    """Trainer with a loss per pixel, evaluated by the scores of label maps."""
 
     recipe: SegmentationRecipe
 
-    def load(self, share: Share, training_images: Any, progress_on: Any) -> nn.Module:
-        recipe, root = self.recipe, self.place.data_dir
-        refuse_unused(recipe)
+    def load(self, shard: Shard, training_images: Any, progress_images: Any) -> nn.Module:
+        """Load the pairs, create the batches, and return the network."""
+        recipe, root = self.recipe, self.data_config.data_dir
+        check_recipe(recipe)
         train_set = training_images or data.load(recipe.dataset, recipe.train_split, root)
         self.test_set = data.load(recipe.dataset, recipe.eval_split, root)
-        self.progress_set = progress_on or data.load(
+        self.progress_set = progress_images or data.load(
             recipe.dataset, recipe.progress_split or recipe.eval_split, root
         )
         self.classes = self.test_set.classes
         self.class_names = list(self.classes.names)
         if len(train_set) < recipe.batch_size:
             raise UserError(
-                f"a batch of {recipe.batch_size} needs more than {len(train_set)} images"
+                f"batch_size {recipe.batch_size} exceeds the {len(train_set)} training images"
             )
         self.network_transform = eval_transform(recipe.preprocessing)
         transform = training_transform(recipe.augmentation, recipe.preprocessing, self.classes.void)
         self.batches = PairBatches(
-            recipe, train_set, transform, self.pace.workers, self.accelerator.device, share
+            recipe, train_set, transform, self.run_config.workers, self.accelerator.device, share
         )
         network = create_network(recipe, self.class_names).to(self.accelerator.device)
-        if share.processes > 1 and self.accelerator.device.type == "cuda":
-            network = convert_sync_batchnorm(network)  # as the authors' batch normalization
+        if shard.processes > 1 and self.accelerator.device.type == "cuda":
+            network = convert_sync_batchnorm(network)  # as in the authors' code
         return network
 
     def prepare(self, network: nn.Module) -> None:
+        """Create what classification has, with the loss per pixel."""
         super().prepare(network)
         weights = self.recipe.class_weights or [1.0] * len(self.classes)
         if len(weights) != len(self.classes):
@@ -137,20 +145,20 @@ class SegmentationTrainer(Trainer):
         criterion = PixelCrossEntropy(weights, self.classes.void)
         self.criterion = criterion.to(self.accelerator.device)
 
-    def metrics(self, found: Scores) -> dict[str, float]:
-        return {name: getattr(found, name) for name in METRICS}
+    def metrics(self, predictions: Scores) -> dict[str, float]:
+        return {name: getattr(predictions, name) for name in METRICS}
 
     def evaluate(self, dataset: Any, progress: str | None = None) -> Any:
-        """Scores over all images, of which each process segments some."""
+        """Return the scores over all images, distributed over the processes."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         for tensor in self.evaluated.buffers() if processes > 1 else ():
-            tensor.copy_(broadcast(tensor.clone()))  # each process counted its own images in them
-        mine = copy.copy(dataset)
-        mine.files = dataset.files[rank::processes]
+            tensor.copy_(broadcast(tensor.clone()))  # each process updated its own
+        own = copy.copy(dataset)
+        own.files = dataset.files[rank::processes]
         classes = len(self.classes)
         confusion = np.zeros((classes, classes), np.int64)
-        for result in self.segment(mine, progress if rank == 0 else None):
-            confusion += confusion_matrix(result.label_map, result.labels, classes)
+        for image in self.segment(own, progress if rank == 0 else None):
+            confusion += confusion_matrix(image.label_map, image.labels, classes)
         return Scores(sum(gather_object([confusion])))
 
     def segment(self, dataset: Any, progress: str | None = None) -> Iterator[Segmented]:
@@ -159,36 +167,24 @@ class SegmentationTrainer(Trainer):
             dataset,
             self.network_transform,
             device=self.accelerator.device,
-            workers=self.pace.workers,
+            workers=self.run_config.workers,
             progress=progress,
         )
 
 
-UNUSED: dict[
-    str, Any
-] = {  # fields of a recipe that segmentation has no use for, with their defaults
-    "train_dataset": None,
-    "num_classes": None,
-    "erasing": None,
-    "mixup": None,
-    "repeated_augmentation": 1,
-    "resolutions": {},
-    "label_smoothing": 0.0,
-    "on_device": False,
-    "held_out": 0.0,
-}
-
-
-def refuse_unused(recipe: SegmentationRecipe) -> None:
+def check_recipe(recipe: SegmentationRecipe) -> None:
+    """Raise UserError for fields that segmentation does not have, and unknown data sets."""
     for name, default in UNUSED.items():
         if getattr(recipe, name) != default:
-            raise UserError(f"segmentation has no {name}: leave it out of the recipe")
+            raise UserError(f"segmentation has no {name}: omit it from the recipe")
     if recipe.dataset not in data.SPLITS:
-        raise UserError(f"no data set {recipe.dataset!r}: choose from {', '.join(data.SPLITS)}")
+        raise UserError(
+            f"unknown data set {recipe.dataset!r}: choose from {', '.join(data.SPLITS)}"
+        )
 
 
 def create_network(recipe: SegmentationRecipe, class_names: Sequence[str]) -> nn.Module:
-    with settings("name, preprocessing or model_args"):
+    with recipe_settings("name, preprocessing or model_args"):
         model = create_segmentation_model(
             recipe.architecture,
             num_classes=len(class_names),
@@ -202,44 +198,45 @@ def train(
     recipe: SegmentationRecipe,
     recipe_path: Path,
     folder: Path,
-    place: Place,
-    pace: Pace,
+    data_config: DataConfig,
+    run_config: RunConfig,
     in_package: bool = False,
 ) -> None:
-    """Train, evaluate what is stored, and write the bundle into `folder` or the package."""
-    claim(folder, recipe)
-    trainer = SegmentationTrainer(recipe, folder, place, pace)
+    """Train, evaluate the stored weights, and write the bundle to `folder` or the package."""
+    prepare_run_dir(folder, recipe)
+    trainer = SegmentationTrainer(recipe, folder, data_config, run_config)
     trainer.train()
     statistics, maps = report(trainer)
     if trainer.accelerator.is_main_process:
-        target = None if in_package else folder / "bundle"
+        target: Path | str = "package" if in_package else folder / "bundle"
         assert maps is not None
         write_bundle(trainer, recipe_path, statistics, maps, target)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()
 
 
-def compare(
+def run_grid(
     recipes: Sequence[SegmentationRecipe],
     folder: Path,
-    place: Place,
-    pace: Pace,
+    data_config: DataConfig,
+    run_config: RunConfig,
     seeds: Sequence[int],
     table: Path,
 ) -> None:
-    """Train each recipe from each seed and write a table of the results, one row a run."""
+    """Train each recipe from each seed, and write a table with one row per run."""
     rows: list[dict[str, Any]] = []
-    table.parent.mkdir(parents=True, exist_ok=True)  # not after hours of training
+    table.parent.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
     for seed in seeds:
-        for each in recipes:
-            recipe, home = replace(each, seed=seed), folder / each.name / f"seed-{seed}"
-            claim(home, recipe)
-            if not (home / RESULT).exists():
-                trainer = SegmentationTrainer(recipe, home, place, pace)
+        for seedless in recipes:
+            recipe = replace(seedless, seed=seed)
+            run_dir = folder / recipe.name / f"seed-{seed}"
+            prepare_run_dir(run_dir, recipe)
+            if not (run_dir / RESULT).exists():
+                trainer = SegmentationTrainer(recipe, run_dir, data_config, run_config)
                 trainer.train()
                 report(trainer)
                 trainer.accelerator.wait_for_everyone()
-            found = json.loads((home / RESULT).read_text(encoding="utf-8"))["expected"]
+            scores = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))["expected"]
             run = {
                 "recipe": recipe.name,
                 "norm": recipe.norm,
@@ -248,57 +245,61 @@ def compare(
                 "epochs": recipe.epochs,
                 "seed": seed,
             }
-            rows.append(run | {name: found[name] for name in METRICS})
-            write_table(table, rows, bundle.environment())
+            rows.append(run | {name: scores[name] for name in METRICS})
+            write_csv(table, rows, bundle.environment())
 
 
 def report(trainer: SegmentationTrainer) -> tuple[dict[str, dict[str, Any]], LabelMaps | None]:
-    """Round the weights as they will be stored, evaluate those, and write result.json.
+    """Round the weights for storage, evaluate them and write the result to the run folder.
 
-    Returns the scores by inference statistics, and in the main process the label maps.
+    Returns the scores by inference statistics and, on the main process, the label maps.
     """
     model, recipe = trainer.evaluated, trainer.recipe
     bundle.round_weights(model, getattr(torch, recipe.stored_dtype))
-    found = {"expected": [trainer.evaluate(trainer.test_set, "expected")]}
+    draws = {"expected": [trainer.evaluate(trainer.test_set, "expected")]}
     if is_kernel_normalized(model):
         kn_zoo.set_inference_statistics(model, "plain")
-        found["plain"] = [trainer.evaluate(trainer.test_set, "plain")]
+        draws["plain"] = [trainer.evaluate(trainer.test_set, "plain")]
         kn_zoo.set_inference_statistics(model, "sampled")
-        draws = recipe.sampled_draws
-        for draw in range(draws):
-            torch.manual_seed(draw + draws * trainer.accelerator.process_index)
-            scores = trainer.evaluate(trainer.test_set, f"sampled {draw + 1}/{draws}")
-            found.setdefault("sampled", []).append(scores)
+        draws["sampled"] = []
+        for draw in range(recipe.sampled_draws):
+            torch.manual_seed(draw + recipe.sampled_draws * trainer.accelerator.process_index)
+            label = f"sampled {draw + 1}/{recipe.sampled_draws}"
+            draws["sampled"].append(trainer.evaluate(trainer.test_set, label))
         kn_zoo.set_inference_statistics(model, "expected")
-    statistics = {name: summary(draws, trainer.class_names) for name, draws in found.items()}
+    statistics = {name: mean_scores(draw, trainer.class_names) for name, draw in draws.items()}
     for name, scores in statistics.items():
-        trainer.say(f"{name}: " + "  ".join(f"{m} {scores[m]:.2f}" for m in METRICS))
-    trainer.say(f"{trainer.state.seconds / 3600:.3g} hours of training")
+        trainer.log(f"{name}: " + "  ".join(f"{m} {scores[m]:.2f}" for m in METRICS))
+    trainer.log(f"{trainer.progress.seconds / 3600:.3g} hours of training")
     maps = None
     if trainer.accelerator.is_main_process:
-        maps = label_maps(trainer.segment(trainer.test_set, "label maps"), len(trainer.classes))
+        maps = collect_label_maps(
+            trainer.segment(trainer.test_set, "label maps"), len(trainer.classes)
+        )
         text = json.dumps(statistics, indent=2) + "\n"
-        manifest.write_text(trainer.folder / RESULT, text)
+        files.write_text(trainer.folder / RESULT, text)
     return statistics, maps
 
 
-def summary(draws: Sequence[Scores], class_names: Sequence[str]) -> dict[str, Any]:
-    """Means over draws, in percent; per-class IoU without the classes that do not occur."""
+def mean_scores(draws: Sequence[Scores], class_names: Sequence[str]) -> dict[str, Any]:
+    """Average the scores of draws, in percent; IoU is that of the classes that occur."""
     iou = np.mean([draw.iou for draw in draws], axis=0)
-    named = zip(class_names, iou.tolist(), strict=True)
     means = {name: round(mean(getattr(draw, name) for draw in draws), 4) for name in METRICS}
     return {
         **means,
-        "iou": {name: round(value, 4) for name, value in named if value == value},
+        "iou": {
+            name: round(float(value), 4)
+            for name, value in zip(class_names, iou, strict=True)
+            if np.isfinite(value)
+        },
         "draws": len(draws),
     }
 
 
 def preprocessing(recipe: SegmentationRecipe) -> manifest.Preprocessing:
-    """The recipe's preprocessing as the manifest has it."""
+    """Return the recipe's preprocessing for the manifest."""
     fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in recipe.preprocessing.items()
+        k: tuple(v) if isinstance(v, list) else v for k, v in recipe.preprocessing.items()
     }
     return manifest.Preprocessing(**fields)
 
@@ -308,20 +309,20 @@ def write_bundle(
     recipe_path: Path,
     statistics: dict[str, dict[str, Any]],
     maps: LabelMaps,
-    folder: Path | None,
+    target: Path | str,
 ) -> None:
-    """Write the checkpoint's bundle; `folder` is None for the package and its manifest."""
+    """Write the bundle to a folder, or to the "package" and its manifest."""
     recipe = trainer.recipe
     reported = {
         name: manifest.Accuracy(
-            top1=found["pixel_accuracy"],
+            top1=scores["pixel_accuracy"],
             top5=None,
-            draws=found["draws"],
+            draws=scores["draws"],
             segmentation=manifest.Segmentation(
-                found["miou"], found["class_accuracy"], found["iou"]
+                scores["miou"], scores["class_accuracy"], scores["iou"]
             ),
         )
-        for name, found in statistics.items()
+        for name, scores in statistics.items()
     }
     draft = manifest.Checkpoint(
         name=recipe.name,
@@ -340,10 +341,10 @@ def write_bundle(
         draft,
         recipe=asdict(recipe),
         log=trainer.folder / LOG,
-        predictions=maps.to_bytes(),
+        predictions=maps,
         class_names=trainer.class_names,
         dtype=getattr(torch, recipe.stored_dtype),
-        seconds=trainer.state.seconds,
-        folder=folder,
+        seconds=trainer.progress.seconds,
+        target=target,
     )
-    trainer.say(f"wrote {folder or checkpoint.folder}")
+    trainer.log(f"wrote {checkpoint.folder if target == 'package' else target}")

@@ -9,16 +9,16 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from kn_zoo.training.recipe import settings
+from kn_zoo.training.recipe import recipe_settings
 
 PADS = ("RandomCrop", "RandomAffine", "RandomRotation", "RandomPerspective", "RandomZoomOut", "Pad")
 
 
 class RandomScale(v2.Transform):
-    """Resize by a factor drawn uniformly between two bounds, labels by nearest-exact.
+    """Resize by a factor drawn uniformly from a range; labels by nearest-exact.
 
-    torchvision's ScaleJitter resizes masks by "nearest", which shifts them by half a pixel against
-    the image.
+    torchvision's ScaleJitter resizes masks by "nearest", which shifts them by up to half a pixel
+    relative to the image.
     """
 
     def __init__(self, scale: Sequence[float]) -> None:
@@ -43,29 +43,29 @@ def resize(x: Any, size: Sequence[int]) -> Any:
 
 
 class ResizeImage(v2.Transform):
-    """Resize images, but not label maps, to (height, width)."""
+    """Resize images, not label maps, to (height, width)."""
 
     def __init__(self, size: Sequence[int]) -> None:
         super().__init__()
         self.size = list(size)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        keep = isinstance(inpt, tv_tensors.Mask) or list(inpt.shape[-2:]) == self.size
-        return inpt if keep else resize(inpt, self.size)
+        unchanged = isinstance(inpt, tv_tensors.Mask) or list(inpt.shape[-2:]) == self.size
+        return inpt if unchanged else resize(inpt, self.size)
 
 
 def training_transform(
     augmentation: Sequence[dict[str, dict]], preprocessing: Mapping[str, Any], void: int
 ) -> v2.Compose:
-    """The augmentations by name, then float32 pixels normalized by mean and std.
+    """Return the augmentations, followed by normalization by mean and std in float32.
 
-    Names are those of torchvision.transforms.v2, or RandomScale. What pads fills images with their
-    mean colour, which becomes zero, and label maps with `void`.
+    Augmentations are named as in torchvision.transforms.v2, or RandomScale. Padding is the mean
+    color in images, which becomes zero, and `void` in label maps.
     """
-    colour = tuple(round(255 * m) for m in preprocessing["mean"])
-    fill = {tv_tensors.Image: colour, tv_tensors.Mask: void}
+    color = tuple(round(255 * m) for m in preprocessing["mean"])
+    fill = {tv_tensors.Image: color, tv_tensors.Mask: void}
     steps: list[nn.Module] = []
-    with settings("augmentation"):
+    with recipe_settings("augmentation"):
         for name, arguments in (item for step in augmentation for item in step.items()):
             kind: Any = RandomScale if name == "RandomScale" else getattr(v2, name)
             steps.append(kind(**({"fill": fill} if name in PADS else {}), **arguments))
@@ -73,12 +73,12 @@ def training_transform(
 
 
 def eval_transform(preprocessing: Mapping[str, Any]) -> v2.Compose:
-    """Images resized to `input_size`, in normalized float32; label maps at their own size."""
+    """Return the transform to normalized float32 images of `input_size`; labels keep their size."""
     return v2.Compose([ResizeImage(preprocessing["input_size"][1:]), *_pixels(preprocessing)])
 
 
 def _pixels(preprocessing: Mapping[str, Any]) -> list[nn.Module]:
-    """uint8 images to normalized float32, uint8 label maps to int64, both as plain tensors."""
+    """Return steps from uint8 to normalized float32 images and int64 label maps, plain tensors."""
     dtypes: dict[Any, Any] = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}
     mean, std = list(preprocessing["mean"]), list(preprocessing["std"])
     return [v2.ToDtype(dtypes, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]

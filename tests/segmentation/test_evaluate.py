@@ -11,16 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from kn_zoo.checkpoints.label_maps import LabelMaps, Scores, confusion_matrix
 from kn_zoo.checkpoints.predictions import NEAR_TIE
-from kn_zoo.segmentation.evaluate import (
-    LabelMaps,
-    Scores,
-    Segmented,
-    compare,
-    confusion_matrix,
-    label_maps,
-    miou_bound,
-)
+from kn_zoo.segmentation.evaluate import Segmented, collect_label_maps, compare, miou_bound
 
 CLASSES, VOID = 5, 255
 
@@ -74,7 +67,7 @@ def results(seed: int = 0, images: int = 3) -> list[Segmented]:
 
 def stored(found: list[Segmented]) -> LabelMaps:
     """As they come back from a bundle."""
-    return LabelMaps.read(BytesIO(label_maps(iter(found), CLASSES).to_bytes()))
+    return LabelMaps.read(BytesIO(collect_label_maps(iter(found), CLASSES).to_bytes()))
 
 
 def leading(result: Segmented, gap: float, y: int = 2, x: int = 3) -> Segmented:
@@ -88,7 +81,7 @@ def leading(result: Segmented, gap: float, y: int = 2, x: int = 3) -> Segmented:
 def test_the_same_maps_match() -> None:
     found = results()
     comparison = compare(iter(found), stored(found))
-    assert comparison.matches and comparison.flipped == 0 and comparison.miou_difference == 0
+    assert comparison.matches and comparison.reordered == 0 and comparison.miou_difference == 0
     assert comparison.images == 3 and comparison.miou_bound == 0
 
 
@@ -97,7 +90,7 @@ def test_a_flip_at_a_near_tie_passes_and_is_counted() -> None:
     before = [leading(found[0], NEAR_TIE / 4), *found[1:]]
     after = [leading(found[0], -NEAR_TIE / 4), *found[1:]]
     comparison = compare(iter(after), stored(before))
-    assert comparison.matches and comparison.flipped == 1 and comparison.near_ties >= 1
+    assert comparison.matches and comparison.reordered == 1 and comparison.near_ties >= 1
     assert 0 < comparison.miou_difference <= comparison.miou_bound < 100
 
 
@@ -143,9 +136,9 @@ def test_files_that_are_no_label_maps_are_refused() -> None:
         LabelMaps.read(file)
     sizes = [*results(), Segmented(torch.zeros(CLASSES, 2, 2), np.zeros((2, 2), np.uint8))]
     with pytest.raises(ValueError, match="one size"):
-        label_maps(iter(sizes), CLASSES)
+        collect_label_maps(iter(sizes), CLASSES)
     with pytest.raises(ValueError, match="one size"):
-        label_maps(iter([]), CLASSES)
+        collect_label_maps(iter([]), CLASSES)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,4 +1,4 @@
-"""`kn-zoo segment` writes pictures whose colours are the classes'; bad files get one line."""
+"""`kn-zoo segment` writes pictures whose colors are the classes'; bad files get one line."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,8 @@ from PIL import Image
 from kn_zoo import cli
 from kn_zoo.segmentation import create_segmentation_model, data, overlay
 from kn_zoo.segmentation.training import train
-from kn_zoo.training.data import Place
-from kn_zoo.training.trainer import Pace
+from kn_zoo.training.data import DataConfig
+from kn_zoo.training.trainer import RunConfig
 from tests.segmentation import miniatures
 from tests.segmentation.test_training import BASELINE
 
@@ -22,9 +22,9 @@ NAMES, PALETTE = data.CLASSES["camvid"].names, data.CLASSES["camvid"].palette
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("run")
-    place = Place(miniatures.camvid(home / "data"))
+    data_config = DataConfig(miniatures.camvid(home / "data"))
     recipe = replace(BASELINE, updates=1)
-    train(recipe, Path("miniature.yaml"), home, place, Pace())
+    train(recipe, Path("miniature.yaml"), home, data_config, RunConfig())
     return home / "bundle"
 
 
@@ -90,7 +90,7 @@ def test_legend_has_the_colours_of_the_classes_that_occur() -> None:
     labels = np.full((60, 400), 3, np.uint8)
     labels[:20] = 0
     picture = np.asarray(overlay.overlay(Image.new("RGB", (400, 60)), labels, PALETTE, NAMES))
-    legend = {tuple(colour) for colour in picture[60:].reshape(-1, 3).tolist()}
+    legend = {tuple(color) for color in picture[60:].reshape(-1, 3).tolist()}
     assert {PALETTE[3], PALETTE[0]} <= legend and PALETTE[8] not in legend
     assert overlay.shares(labels, NAMES)[0] == ("road", pytest.approx(200 / 3))
 

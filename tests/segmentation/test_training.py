@@ -11,21 +11,22 @@ import yaml
 from torch.optim import AdamW
 
 from kn_zoo.checkpoints import manifest
+from kn_zoo.checkpoints.label_maps import LabelMaps, Scores, confusion_matrix
 from kn_zoo.segmentation import create_segmentation_model, data, load_bundle
-from kn_zoo.segmentation.evaluate import LabelMaps, Scores, compare, confusion_matrix, segment
+from kn_zoo.segmentation.evaluate import compare, segment
 from kn_zoo.segmentation.training import (
     RESULT,
     PixelCrossEntropy,
     SegmentationRecipe,
     SegmentationTrainer,
     preprocessing,
+    run_grid,
     train,
 )
-from kn_zoo.segmentation.training import compare as compare_recipes
 from kn_zoo.segmentation.transforms import eval_transform
-from kn_zoo.training.data import Place
-from kn_zoo.training.recipe import UserError, names
-from kn_zoo.training.trainer import Interrupted, Pace
+from kn_zoo.training.data import DataConfig
+from kn_zoo.training.recipe import UserError, variant_names
+from kn_zoo.training.trainer import Interrupted, RunConfig
 from tests.segmentation import miniatures
 
 RECIPES = Path(__file__).parents[2] / "train_scripts" / "recipes" / "segmentation"
@@ -66,22 +67,22 @@ BASELINE = replace(
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(miniatures.camvid(tmp_path / "data"))
+def data_config(tmp_path: Path) -> DataConfig:
+    return DataConfig(miniatures.camvid(tmp_path / "data"))
 
 
-def test_poly_decay_every_update(tmp_path: Path, place: Place) -> None:
+def test_poly_decay_every_update(tmp_path: Path, data_config: DataConfig) -> None:
     """The rate before update i of n is lr (1 - i / n)^0.9."""
-    trainer = SegmentationTrainer(replace(BASELINE, epochs=3), tmp_path, place, Pace())
+    trainer = SegmentationTrainer(replace(BASELINE, epochs=3), tmp_path, data_config, RunConfig())
     rates = []
     for update in range(6):
         trainer.scheduler.step_update(update)
-        rates.append(trainer.rate)
+        rates.append(trainer.lr)
     assert rates == pytest.approx([0.003 * (1 - i / 6) ** 0.9 for i in range(6)])
 
 
-def test_a_run_its_bundle_and_its_verification(tmp_path: Path, place: Place) -> None:
-    train(RECIPE, Path("miniature.yaml"), tmp_path / "run", place, Pace())
+def test_a_run_its_bundle_and_its_verification(tmp_path: Path, data_config: DataConfig) -> None:
+    train(RECIPE, Path("miniature.yaml"), tmp_path / "run", data_config, RunConfig())
     home = tmp_path / "run" / "bundle"
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert result.keys() == {"expected", "plain", "sampled"} and result["sampled"]["draws"] == 2
@@ -93,7 +94,7 @@ def test_a_run_its_bundle_and_its_verification(tmp_path: Path, place: Place) -> 
     assert maps.scores.miou == pytest.approx(result["expected"]["miou"], abs=1e-4)
     model = load_bundle(home)
     assert not model.training and model.pretrained_cfg["label_names"][3] == "road"
-    images = data.load("camvid", "test", place.data_dir)
+    images = data.load("camvid", "test", data_config.data_dir)
     found = segment(model, images, eval_transform(model.pretrained_cfg))
     comparison = compare(found, maps)
     assert comparison.matches and comparison.images == 3
@@ -103,12 +104,19 @@ def test_a_run_its_bundle_and_its_verification(tmp_path: Path, place: Place) -> 
 
 
 def test_manifest_checkpoints_load_by_name(
-    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manifest, "PATH", tmp_path / "weights_manifest.json")
     monkeypatch.setattr(manifest, "PRETRAINED", tmp_path / "pretrained")
-    manifest.PATH.write_text('{"namespace": "owner", "weights": []}')
-    train(BASELINE, Path("miniature.yaml"), tmp_path / "run", place, Pace(), in_package=True)
+    manifest.PATH.write_text('{"namespace": "owner", "checkpoints": []}')
+    train(
+        BASELINE,
+        Path("miniature.yaml"),
+        tmp_path / "run",
+        data_config,
+        RunConfig(),
+        in_package=True,
+    )
     entry = manifest.find(BASELINE.name)
     scores = entry.reported.statistics["expected"].segmentation
     assert (
@@ -131,22 +139,24 @@ def weights(trainer: SegmentationTrainer) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in trainer.evaluated.state_dict().values()]
 
 
-def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, place: Place) -> None:
+def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, data_config: DataConfig) -> None:
     recipe = replace(RECIPE, epochs=2)
-    whole = SegmentationTrainer(recipe, tmp_path / "whole", place, Pace())
+    whole = SegmentationTrainer(recipe, tmp_path / "whole", data_config, RunConfig())
     whole.train()
     with pytest.raises(Interrupted):
-        SegmentationTrainer(recipe, tmp_path / "part", place, Pace(minutes=0)).train()
-    resumed = SegmentationTrainer(recipe, tmp_path / "part", place, Pace())
+        SegmentationTrainer(recipe, tmp_path / "part", data_config, RunConfig(minutes=0)).train()
+    resumed = SegmentationTrainer(recipe, tmp_path / "part", data_config, RunConfig())
     resumed.train()
-    assert resumed.state.updates == whole.state.updates == 4
+    assert resumed.progress.updates == whole.progress.updates == 4
     assert all(map(torch.equal, weights(whole), weights(resumed)))
-    assert [row["loss"] for row in whole.state.rows] == [row["loss"] for row in resumed.state.rows]
+    assert [row["loss"] for row in whole.progress.rows] == [
+        row["loss"] for row in resumed.progress.rows
+    ]
 
 
-def test_recipes_are_compared_in_a_table(tmp_path: Path, place: Place) -> None:
+def test_recipes_are_compared_in_a_table(tmp_path: Path, data_config: DataConfig) -> None:
     table = tmp_path / "table.csv"
-    compare_recipes([BASELINE], tmp_path / "runs", place, Pace(), [0, 1], table)
+    run_grid([BASELINE], tmp_path / "runs", data_config, RunConfig(), [0, 1], table)
     rows = [line for line in table.read_text().splitlines() if not line.startswith("#")]
     assert rows[0].startswith("recipe,norm,batch_size,lr,epochs,seed,miou") and len(rows) == 3
     assert rows[1].split(",")[1] == "group" and rows[1] != rows[2]
@@ -159,20 +169,20 @@ def test_recipes_are_compared_in_a_table(tmp_path: Path, place: Place) -> None:
         (dict(on_device=True), "on_device"),
         (dict(class_weights=[1.0]), "11 numbers"),
         (dict(dataset="cifar100"), "camvid, cityscapes"),
-        (dict(batch_size=6), "a batch of 6"),
+        (dict(batch_size=6), "batch_size 6 exceeds"),
         (dict(name="fcn_resnet81.x"), "fcn_resnet18"),
     ],
 )
 def test_wrong_recipes_are_refused(
-    tmp_path: Path, place: Place, change: dict, message: str
+    tmp_path: Path, data_config: DataConfig, change: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        SegmentationTrainer(replace(RECIPE, **change), tmp_path, place, Pace())
+        SegmentationTrainer(replace(RECIPE, **change), tmp_path, data_config, RunConfig())
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_complete(path: Path) -> None:
-    for name in names(path):
+    for name in variant_names(path):
         recipe = SegmentationRecipe.read(path, name)
         model = create_segmentation_model(recipe.architecture, **recipe.model_args)
         assert recipe.norm == model.norm
