@@ -14,21 +14,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import timm
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import kn_zoo
 from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
-from kn_zoo.evaluation import results
+from kn_zoo.evaluation import measurements, results
 from kn_zoo.evaluation.results import STATISTICS, table
 from kn_zoo.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-FIGURE = ROOT / "docs" / "assets" / "normalized_together.svg"
+FIGURE = ROOT / "docs" / "assets" / "normalized_together.png"
 FAMILIES = {  # the module of a network, and what it is called
     "knresnet": "KNResNet",
     "knpreactresnet": "KN-PreActResNet",
@@ -109,8 +109,9 @@ def sources() -> str:
         [
             f"- On the Hugging Face Hub: {names('on the Hub') or 'none yet'}.",
             f"- In the package and the repository: {names('in the package') or 'none'}.",
-            f"- Imported from the authors' Google Drive on first use: {names('imported on first use')}; "
-            f"{state}.",
+            f"- In the repository only: {names('in the repository') or 'none'}.",
+            "- Imported from the authors' Google Drive on first use: "
+            f"{names('imported on first use')}; {state}.",
         ]
     )
 
@@ -192,13 +193,12 @@ def recipe_fields() -> Iterator[tuple[str, str, str, str]]:
 
 def normalized_together() -> Figure:
     """Which numbers of a batch share one mean and variance, for four normalizations."""
-    matplotlib.rcParams["svg.hashsalt"] = "kn_zoo"  # the same file every time
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     panels: dict[str, Callable[[int, int, int, int], bool]] = {
         "BatchNorm": lambda n, c, i, j: c == 0,
         "LayerNorm": lambda n, c, i, j: n == 0,
         "GroupNorm": lambda n, c, i, j: n == 0 and c < 2,
-        "Kernel normalization": lambda n, c, i, j: n == 0 and 1 <= i < 3 and 2 <= j < 4,
+        "Kernel normalization": lambda n, c, i, j: n == 0 and i < 2 and j > 2,
     }
     for axes, (title, together) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         axes.set_title(title, fontsize=13)
@@ -217,7 +217,7 @@ def draw_image(axes: Axes, n: int, together: Callable[[int, int, int, int], bool
         for i in range(side):
             for j in range(side):
                 color = "#3f51b5" if together(n, c, i, j) else "#e8eaf6"
-                cell = matplotlib.patches.Rectangle(
+                cell = Rectangle(
                     (left + j, bottom + side - 1 - i), 1, 1, fc=color, ec="#7986cb", lw=0.6
                 )
                 axes.add_patch(cell)
@@ -230,7 +230,7 @@ def draw_image(axes: Axes, n: int, together: Callable[[int, int, int, int], bool
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "checkpoints": checkpoints_table,
-        "cost": lambda: results.cost_sentence(results.read_table(results.BENCHMARK)),
+        "cost": lambda: results.cost_sentence(measurements.read(results.BENCHMARK)),
     },
     "docs/models.md": {"models": models_table},
     "docs/checkpoints.md": {
@@ -275,7 +275,7 @@ def main(check: bool) -> int:
         return int(bool(stale))
     for path, text in stale.items():
         files.write_text(path, text)
-    for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE)]:
+    for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE, dpi=200)]:
         print(f"wrote {path.relative_to(ROOT)}")
     return 0
 

@@ -166,7 +166,7 @@ def find_checkpoint(name: str, known: Iterable[str] = ()) -> Checkpoint:
 
 
 def describe_architecture(name: str) -> dict[str, str]:
-    task = task_of(name)
+    task = task_of(name) or "classification"
     create_model: Any = timm.create_model
     if task == "segmentation":
         create_model = create_segmentation_model

@@ -371,7 +371,9 @@ class _Plan:
         for norm, has_convolution in waiting:
             targets = _nearest(norm, _users, self.passes)
             ready = all(self.is_candidate(n) and not self.is_last(n) for n in targets)
-            if targets and ready and not has_convolution:
+            # The norm of a grouped convolution is the next one's, unless that has its own.
+            free = not has_convolution or "convert" not in map(self.fate, targets)
+            if targets and ready and free:
                 for convolution in targets:
                     self.set_fate(convolution, "convert", "")
                 self.set_fate(norm, "remove", _normalizer(norm, targets))
@@ -484,26 +486,26 @@ Step = Callable[[fx.Node], list[fx.Node]]
 
 def _nearest(start: fx.Node, step: Step, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The first nodes from `start` on, forward or backward, that `through` does not hold for."""
-    found: dict[fx.Node, bool] = {}  # a node, and whether to go on from it
+    passed: dict[fx.Node, bool] = {}  # a node, and whether to go on from it
     waiting = step(start)
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found[node] = through(node)
-            waiting += step(node) if found[node] else []
-    return [node for node, goes_on in found.items() if not goes_on]
+        if node not in passed:
+            passed[node] = through(node)
+            waiting += step(node) if passed[node] else []
+    return [node for node, goes_on in passed.items() if not goes_on]
 
 
 def _reachable(start: fx.Node, step: Step, within: set[fx.Node] | None = None) -> set[fx.Node]:
     """`start` and the nodes after or before it; only those `within` a set, if there is one."""
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     waiting = [start]
     while waiting:
         node = waiting.pop()
-        if node not in found and (within is None or node in within):
-            found.add(node)
+        if node not in reached and (within is None or node in within):
+            reached.add(node)
             waiting += step(node)
-    return found
+    return reached
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -542,10 +544,12 @@ def _check_replaceable(name: str, module: Any) -> None:
 
 
 def _refuse_batch_statistics(model: nn.Module, plan: _Plan) -> None:
-    kept = plan.names("keep")
+    """Refuse what still normalizes over the batch; modules that are never called do not."""
+    called = [str(node.target) for node in plan.graph.nodes if node.op == "call_module"]
     for name, module in model.named_modules():
         batch = isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None
-        if batch and name not in kept and not any(_matches(name, p) for p in plan.skip):
+        kept = name in plan.names("keep") or any(_matches(name, p) for p in plan.skip)
+        if batch and not kept and any(_matches(name, node) for node in called):
             raise ValueError(
                 f"{name!r} ({type(module).__name__}) would still normalize over the batch, as it "
                 "is of a kind, or in a place, that convert does not know: replace it, or skip it"

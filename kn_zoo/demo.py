@@ -24,7 +24,8 @@ from kn_zoo import cli, data
 from kn_zoo.checkpoints import manifest
 from kn_zoo.evaluation.predict import eval_transform, exact_float32
 from kn_zoo.layers import KNConv2d, set_inference_statistics
-from kn_zoo.segmentation import create_segmentation_model, list_segmentation_models, overlay
+from kn_zoo.segmentation import create_segmentation_model, list_segmentation_models
+from kn_zoo.segmentation import overlay as pictures
 
 STATISTICS = {
     "expected": "Expected: the mean over dropout masks",
@@ -132,8 +133,8 @@ def segment(path: str | None, name: str) -> Image.Image | None:
         model = create_segmentation_model(name, pretrained=True).eval()
     except (cli.UnusableImage, OSError, RuntimeError, ValueError) as error:
         raise gr.Error(f"This file cannot be segmented: {error}", duration=None) from None
-    labels = overlay.label_map(model, picture)
-    return overlay.overlay(picture, labels, overlay.palette(model), overlay.class_names(model))
+    labels, names = pictures.label_map(model, picture), pictures.class_names(model)
+    return pictures.overlay(picture, labels, pictures.palette(model), names)
 
 
 def samples(folder: Path, known: Sequence[str]) -> list[list[str]]:
@@ -142,14 +143,14 @@ def samples(folder: Path, known: Sequence[str]) -> list[list[str]]:
     Digits of scikit-learn, if it is installed, and drawings of things that CIFAR-100 has a class
     for: no image of a data set is needed.
     """
-    found: list[list[str]] = []
+    gallery: list[list[str]] = []
     for dataset in ("cifar100", "digits"):
         name = next((n for n in known if n.endswith(f".{dataset}")), None)
         pictures = {"cifar100": drawings, "digits": digits}[dataset]() if name else {}
         for title, picture in pictures.items():
             picture.save(path := folder / f"{title}.png")
-            found.append([str(path), str(name)])
-    return found
+            gallery.append([str(path), str(name)])
+    return gallery
 
 
 def digits() -> dict[str, Image.Image]:
@@ -158,8 +159,10 @@ def digits() -> dict[str, Image.Image]:
         images = data.load("digits", "test")
     except data.MissingData:
         return {}
-    found = {f"digit {label}": image for image, label in map(images.__getitem__, range(30))}
-    return {title: found[title] for title in ("digit 3", "digit 5", "digit 8") if title in found}
+    gallery = {f"digit {label}": image for image, label in map(images.__getitem__, range(30))}
+    return {
+        title: gallery[title] for title in ("digit 3", "digit 5", "digit 8") if title in gallery
+    }
 
 
 def drawings() -> dict[str, Image.Image]:
@@ -239,8 +242,8 @@ def build() -> gr.Blocks:
         if names := segmenters():
             gr.Markdown("## Segmentation")
             segmenter = gr.Dropdown(names, value=names[0], label="Segmentation checkpoint")
-            classes = gr.Image(label="Classes", **PICTURE)
-            gr.on([path.change, segmenter.input], segment, [path, segmenter], classes)
+            overlay = gr.Image(label="Classes", **PICTURE)
+            gr.on([path.change, segmenter.input], segment, [path, segmenter], overlay)
     return page
 
 

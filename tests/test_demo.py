@@ -1,6 +1,7 @@
 """The demo in a headless browser, and what its page computes."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,24 @@ def test_kn_zoo_demo_serves_on_loopback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served: list[Any] = []
-    monkeypatch.setattr(gradio.Blocks, "block_thread", served.append)  # until interrupted
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: served.append(page))
     try:
         assert cli.run(cli.app, ["demo", "--port", "0"]) == 0
         assert capsys.readouterr().out.startswith("http://127.0.0.1:")
         assert served[0].server_name == "127.0.0.1" and not served[0].share
     finally:
         served[0].close()
+
+
+def test_without_gradio_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "kn_zoo.demo")
+    monkeypatch.delattr("kn_zoo.demo")
+    assert cli.run(cli.app, ["demo"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install 'kn_zoo[demo]'" in error
 
 
 def test_the_space_is_laid_out_as_the_hub_wants_it() -> None:
@@ -145,3 +157,16 @@ def test_the_space_is_laid_out_as_the_hub_wants_it() -> None:
     assert (SPACE / settings["app_file"]).is_file()
     assert "kn_zoo[demo]" in (SPACE / "requirements.txt").read_text()
     assert len(settings["short_description"]) <= 60
+
+
+@pytest.mark.skipif(demo.segmentation is None, reason="there is no segmentation yet")
+def test_an_overlay_keeps_the_image_above_its_legend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    untrained = demo.segmentation.create_segmentation_model("fcn_knresnet18")
+    monkeypatch.setattr(
+        demo.segmentation, "create_segmentation_model", lambda name, pretrained: untrained
+    )
+    demo.drawings()["sea"].save(tmp_path / "sea.png")
+    picture = demo.segment(str(tmp_path / "sea.png"), "fcn_knresnet18.camvid")
+    assert picture is not None and picture.width == 256 and picture.height > 256

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kn_zoo.evaluation import results
+from kn_zoo.evaluation import measurements, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,23 +92,9 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
     assert len(results.small_batch(rows).axes[0].lines) == 2 * (1 + 2)
 
 
-def benchmark_rows(**milliseconds: str) -> list[dict[str, str]]:
-    setting = {"model": "knresnet18", "task": "infer", "mode": "eager", "dtype": "float32"}
-    return [setting | {"line": line, "samples_ms": ms} for line, ms in milliseconds.items()]
-
-
-def test_time_ratios_are_medians_over_rounds() -> None:
-    rows = benchmark_rows(floor="10 20 10", ours="11 24 13", namesake="", batch="9 9")
-    setting = ("knresnet18", "infer", "eager")
-    assert results.time_ratio(rows, setting, "ours") == pytest.approx(1.2)
-    assert results.time_ratio(rows, setting, "namesake") is None
-    assert results.time_ratio(rows, setting, "group") is None
-    assert results.measured(rows) == [setting] and results.measured(rows, "train") == []
-
-
 def test_the_sentence_on_cost_is_that_of_the_table() -> None:
-    rows = results.read_table(results.BENCHMARK)
-    table = [results.cost_row(rows, setting) for setting in results.measured(rows)]
+    stored = measurements.read(results.BENCHMARK)
+    table = [results.cost_row(stored, setting) for setting in results.measured(stored)]
     numbers = {cell for row in table for cell in row[3:]}
-    stated = re.findall(r"\d\.\d\d", results.cost_sentence(rows))
+    stated = re.findall(r"\d\.\d\d", results.cost_sentence(stored))
     assert len(stated) == 10 and set(stated) <= numbers

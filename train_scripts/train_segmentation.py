@@ -14,7 +14,6 @@ Exit status: 0 success; 2 invalid input or no disk space; 75 --minutes reached; 
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,9 +64,9 @@ def main(
         if table and in_package:
             raise UserError("--table stores no weights: omit --in-package")
         variants = variant_names(path) if table and variant is None else [variant]
-        options = {"epochs": epochs, "updates": updates, "sampled_draws": 1 if updates else None}
-        changes = {name: value for name, value in options.items() if value is not None}
-        recipes = [replace(SegmentationRecipe.read(path, name), **changes) for name in variants]
+        recipes = [
+            SegmentationRecipe.read(path, name).override(epochs, updates) for name in variants
+        ]
         folder = output or Path("runs") / (path.stem if table else recipes[0].name)
         data_config, run_config = DataConfig(data_dir), RunConfig(workers, save_minutes, minutes)
         if table:

@@ -25,6 +25,7 @@ def card(checkpoint: Checkpoint) -> str:
     size = "x".join(map(str, steps.input_size))
     segments = checkpoint.task == "segmentation"
     script = "train_segmentation.py" if segments else "train.py"
+    predicted, unit = ("label map", "pixel") if segments else ("top classes", "image")
     seeds, runs = ", ".join(map(str, checkpoint.seeds)), checkpoint.mean_and_sd()
     if runs:
         seeds += f" (top-1 {runs[0]:.2f} ± {runs[1]:.2f} over {len(checkpoint.runs)} seeds)"
@@ -45,8 +46,7 @@ def card(checkpoint: Checkpoint) -> str:
 
 Measured on {dataset.images:,} images ({dataset.name}, {dataset.split}) by \
 {checkpoint.reported.by}. Random seeds of the training runs: {seeds}; the results are those of the \
-first. `predictions.npz` contains the {"label map" if segments else "top classes"} of each image. To \
-recompute them, run \
+first. `predictions.npz` contains the {predicted} of each image. To recompute them, run \
 `python eval/verify.py {checkpoint.name}`.
 
 ## Training
@@ -62,7 +62,7 @@ $ python train_scripts/{script} {checkpoint.recipe} {checkpoint.name}
 
 The checkpoint is made for research into normalization, for comparison with other networks, and as \
 a starting point for fine-tuning. It distinguishes the {dataset.num_classes} classes of \
-{dataset.name} and assigns one of them to every {"pixel" if segments else "image"}. It has not been tested on other images, on \
+{dataset.name} and assigns one of them to every {unit}. It has not been tested on other images, on \
 adversarial images, or for bias. Do not base decisions about people on it.
 
 - Parameters: {checkpoint.parameters:,}

@@ -1,6 +1,6 @@
 """How far the layers are from the paper's formulas in float64, on the device that is timed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 
 import torch
@@ -20,15 +20,15 @@ def errors(device: str, kernels: Mapping[str, Iterable[int]]) -> dict[str, str]:
     random. An error is the norm of the difference over the norm of what is right; inputs and
     filters are rounded to the format beforehand, so that it is the computation's alone.
     """
-    found = {}
+    report = {}
     for name, dtype in DTYPES.items():
         for mode, sizes in kernels.items():
-            each = [layer_errors(size, dtype, device, mode) for size in sizes]
-            infer, output, gradients = (max(column) for column in zip(*each, strict=True))
-            found[f"error, {name}, {mode}"] = (
+            per_kernel = [layer_errors(size, dtype, device, mode) for size in sizes]
+            infer, output, gradients = (max(column) for column in zip(*per_kernel, strict=True))
+            report[f"error, {name}, {mode}"] = (
                 f"inference {infer:.1e}; training: output {output:.1e}, gradients {gradients:.1e}"
             )
-    return found
+    return report
 
 
 def layer_errors(
@@ -44,12 +44,12 @@ def layer_errors(
     torch.compiler.reset()
     forward = torch.compile(layer) if mode == "compiled" else layer
 
-    for each in (layer, exact):
-        each.eval()
+    for module in (layer, exact):
+        module.eval()
     with torch.no_grad():
         infer = relative(forward(x), exact(x.double()))
-    for each in (layer, exact):
-        each.train().dropout_p = 0.0
+    for module in (layer, exact):
+        module.train().dropout_p = 0.0
     torch.compiler.reset()
     output, *gradients = passes(forward, layer, x)
     wanted, *others = passes(exact, exact, x.double())
@@ -57,7 +57,7 @@ def layer_errors(
     return infer, relative(output, wanted), max(relative(a, b) for a, b in pairs)
 
 
-def passes(forward: torch.nn.Module, layer: KNConv2d, x: Tensor) -> list[Tensor]:
+def passes(forward: Callable[[Tensor], Tensor], layer: KNConv2d, x: Tensor) -> list[Tensor]:
     """The output, and the gradients of a fixed sum of it for x, weight and bias."""
     x = x.detach().requires_grad_()
     out = forward(x)
@@ -66,6 +66,6 @@ def passes(forward: torch.nn.Module, layer: KNConv2d, x: Tensor) -> list[Tensor]
     return [out, *torch.autograd.grad(out, [x, *layer.parameters()], direction)]
 
 
-def relative(found: Tensor, right: Tensor) -> float:
-    found, right = found.detach().double(), right.detach()
-    return float((found - right).norm() / right.norm())
+def relative(actual: Tensor, right: Tensor) -> float:
+    actual, right = actual.detach().double(), right.detach()
+    return float((actual - right).norm() / right.norm())

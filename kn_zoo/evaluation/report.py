@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kn_zoo.checkpoints import bundle
+from kn_zoo.checkpoints.files import write_text
 from kn_zoo.evaluation.goals import SMALL_BATCH, sweep_verdict, verdicts
 from kn_zoo.evaluation.measurements import (
     BASELINE,

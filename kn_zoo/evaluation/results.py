@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from kn_zoo.checkpoints import bundle, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.evaluation import measurements
+from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -51,7 +53,7 @@ def page() -> str:
         "`results/`. `make verify` recomputes the accuracy of each checkpoint.",
         *answer_section(checkpoints, rows),
         *accuracy_section(checkpoints),
-        *cost_section(read_table(BENCHMARK), as_mapping(comments(BENCHMARK))),
+        *cost_section(measurements.read(BENCHMARK)),
         *statistics_section([c for c in checkpoints if c.norm == "kernel"]),
         *curves_section(checkpoints),
         *small_batch_section(rows, recipe, as_mapping(comments(SMALL_BATCH))),
@@ -86,7 +88,7 @@ def answer_section(checkpoints: Sequence[Checkpoint], rows: Sequence[Row]) -> li
         "## Is kernel normalization worth it?",
         f"**Accuracy.** {most_accurate(compared, rows)}",
         "\n".join(difference(group) for group in compared),
-        f"**Cost.** {cost_sentence(read_table(BENCHMARK))} [Cost](#cost) has the table.",
+        f"**Cost.** {cost_sentence(measurements.read(BENCHMARK))} [Cost](#cost) has the table.",
         "**When to use it.** The output for an image never depends on the rest of the batch, not "
         "even in training. Use kernel normalization where batch statistics are unreliable or "
         "forbidden: batches of a few images, or per-example gradients as in differentially private "
@@ -158,8 +160,8 @@ def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "All checkpoints trained by this project. Accuracy is that of the stored file under "
         "`expected` statistics; each row is one run unless it names several seeds, whose mean and "
         "SD follow. FLOPs are for one image, with multiplications and additions counted "
-        "separately. Hours count the parameter updates of one run. The machine was shared with other work, so hours are "
-        "indicative; [Cost](#cost) was measured separately.",
+        "separately. Hours count the parameter updates of one run. The machine was shared "
+        "with other work, so hours are indicative; [Cost](#cost) was measured separately.",
         table(ACCURACY_HEAD, [accuracy_row(checkpoint) for checkpoint in checkpoints]),
         "GroupNorm has 32 groups, or fewer where that leaves less than two channels to a group.",
         *(
@@ -245,11 +247,9 @@ def machine(recorded: Mapping[str, str]) -> str:
 COST_HEAD = (
     "network|step|mode|kernel normalization|BatchNorm|GroupNorm|kernel normalization / ResNet"
 )
-TASKS = {"infer": "inference", "train": "training"}
-Setting = tuple[str, str, str]  # network, task, mode
 
 
-def cost_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
+def cost_section(results: Results) -> list[str]:
     return [
         "## Cost",
         "Time of a step, float32. The first three ratios are to the same network without "
@@ -257,64 +257,53 @@ def cost_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
         "torchvision's), which has fewer FLOPs: see "
         "[Models](models.md). An empty cell was not measured. [Performance](performance.md) has "
         "every number.",
-        table(COST_HEAD, [cost_row(rows, setting) for setting in measured(rows)]),
+        table(COST_HEAD, [cost_row(results, setting) for setting in measured(results)]),
         "Measured on: "
-        + "; ".join(recorded[name] for name in ("device", "versions", "date", "load"))
+        + "; ".join(results.header[name] for name in ("device", "versions", "date", "load"))
         + ".",
     ]
 
 
-def cost_row(rows: Sequence[Row], setting: Setting) -> list[str]:
-    pairs = [("ours", "floor"), ("batch", "floor"), ("group", "floor"), ("ours", "namesake")]
-    ratios = [time_ratio(rows, setting, line, to) for line, to in pairs]
-    cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-    return [f"`{setting[0]}`", TASKS[setting[1]], setting[2], *cells]
+def cost_row(results: Results, setting: Setting) -> list[str]:
+    ratios = [results.ratio(setting, v) for v in ("kernel_norm", "batch_norm", "group_norm")]
+    ratios.append(results.ratio(setting, "kernel_norm", "resnet"))
+    cells = ["" if ratio is None else f"{ratio.median:.2f}" for ratio in ratios]
+    return [f"`{setting.workload.model}`", TASKS[setting.task], setting.mode, *cells]
 
 
-def cost_sentence(rows: Sequence[Row]) -> str:
+def cost_sentence(results: Results) -> str:
     """What kernel normalization costs, and what a KNResNet-18 costs beside a ResNet-18."""
-    added = {
-        (task, line): _range(time_ratio(rows, setting, line) for setting in measured(rows, task))
-        for task in TASKS
-        for line in ("ours", "batch")
-    }
-    resnet18 = [s for s in measured(rows) if s[0].partition("_")[0] == "knresnet18"]
-    longer = _range(time_ratio(rows, setting, "ours", "namesake") for setting in resnet18)
+
+    def added(task: str, variant: str) -> str:
+        return _range(results.ratio(setting, variant) for setting in measured(results, task))
+
+    resnet18 = [s for s in measured(results) if s.workload.model.startswith("knresnet18")]
+    longer = _range(results.ratio(setting, "kernel_norm", "resnet") for setting in resnet18)
     return (
         "On a CPU in float32, a network with kernel normalization takes "
-        f"{added['infer', 'ours']} times the time of the same network without normalization at "
-        f"inference and {added['train', 'ours']} times in training (BatchNorm: "
-        f"{added['infer', 'batch']} and {added['train', 'batch']}); a KNResNet-18 takes {longer} "
-        "times the time of an ordinary ResNet-18, because it has about twice the FLOPs."
+        f"{added('infer', 'kernel_norm')} times the time of the same network without "
+        f"normalization at inference and {added('train', 'kernel_norm')} times in training "
+        f"(BatchNorm: {added('infer', 'batch_norm')} and {added('train', 'batch_norm')}); a "
+        f"KNResNet-18 takes {longer} times the time of an ordinary ResNet-18, because it has about "
+        "twice the FLOPs."
     )
 
 
-def _range(ratios: Iterable[float | None]) -> str:
-    known = [ratio for ratio in ratios if ratio is not None]
+def _range(ratios: Iterable[Spread | None]) -> str:
+    known = [ratio.median for ratio in ratios if ratio is not None]
     return f"{min(known):.2f} to {max(known):.2f}"
 
 
-def measured(rows: Iterable[Row], task: str | None = None) -> list[Setting]:
-    """Settings of whole networks in float32 for which there is a time."""
+def measured(results: Results, task: str | None = None) -> list[Setting]:
+    """Settings of whole networks in float32 for which there is a time, in the file's order."""
     return list(
         dict.fromkeys(
-            (row["model"], row["task"], row["mode"])
-            for row in rows
-            if row["samples_ms"] and row["dtype"] == "float32" and ":" not in row["model"]
-            if task in (None, row["task"])
+            row.setting
+            for row in results.rows
+            if row.samples_ms and row.setting.dtype == "float32" and not row.setting.layer
+            if task in (None, row.setting.task)
         )
     )
-
-
-def time_ratio(rows: Iterable[Row], setting: Setting, line: str, to: str = "floor") -> float | None:
-    """Median over rounds of the time of `line` over that of `to`; None if one was not measured."""
-    samples = {
-        row["line"]: [float(ms) for ms in row["samples_ms"].split()]
-        for row in rows
-        if (row["model"], row["task"], row["mode"]) == setting and row["dtype"] == "float32"
-    }
-    rounds = list(zip(samples.get(line, ()), samples.get(to, ()), strict=False))
-    return median(a / b for a, b in rounds) if rounds else None
 
 
 # Inference statistics
@@ -503,11 +492,9 @@ def panels(count: int, title: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure in the format of its suffix, as a whole or not at all."""
-    kind = path.suffix[1:]
-    metadata = {"Software": None} if kind == "png" else {"Date": None}
+def save(figure: Figure, path: Path, dpi: int = 110) -> Path:
+    """Write a figure as a PNG file, as a whole or not at all."""
     beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=110, format=kind, metadata=metadata)
+    figure.savefig(beside, dpi=dpi, format="png", metadata={"Software": None})
     os.replace(beside, path)
     return path

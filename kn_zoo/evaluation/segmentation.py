@@ -156,13 +156,11 @@ def compare_scores(stored: Scores, reported: Accuracy, result: Result) -> None:
 
 def compare_plain(predictions: Iterator[Segmented], reported: Accuracy, result: Result) -> Scores:
     """Compare scores that may differ by the pixels of near-ties."""
-    confusion, ties = 0, 0
+    confusion, ties = [], []
     for image in predictions:
-        classes = len(image.scores)
-        confusion = confusion + confusion_matrix(image.label_map, image.labels, classes)
-        ties = ties + near_ties(image.scores, result.near_tie_bound)
-    scores = Scores(np.asarray(confusion))
-    touched = np.asarray(ties)
+        confusion.append(confusion_matrix(image.label_map, image.labels, len(image.scores)))
+        ties.append(near_ties(image.scores, result.near_tie_bound))
+    scores, touched = Scores(np.sum(confusion, axis=0)), np.sum(ties, axis=0)
     tolerances = {
         "miou": miou_bound(scores, touched),
         "pixel_accuracy": 100 * touched.sum() / 2 / scores.confusion.sum(),

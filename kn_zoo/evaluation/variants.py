@@ -38,7 +38,7 @@ def bare_conv(layer: KNConv2d, bias: bool) -> nn.Module:
         bias,
     )
     conv.weight.data.copy_(layer.weight)
-    return conv if even else nn.Sequential(nn.ZeroPad2d(layer.padding_sides), conv)
+    return conv if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
 
 
 def pair(numbers: tuple[int, ...]) -> tuple[int, int]:

@@ -83,8 +83,8 @@ def main(
     """Verify checkpoints against the manifest and their bundles.
 
     Parameters, FLOPs and the hash of the file are always compared; accuracy and the prediction for
-    each image or pixel are recomputed where the evaluation set is available. A file whose SHA-256 differs
-    from the manifest is corrupt: it is not loaded, and the other checkpoints are verified.
+    each image or pixel are recomputed where the evaluation set is available. A file whose SHA-256
+    differs from the manifest is corrupt: it is not loaded, and the others are verified.
     """
     chosen = chosen_checkpoints(names or [], embedded, everything)
     if json and (json.is_dir() or not json.parent.is_dir()):

@@ -20,9 +20,9 @@ def freeze(model: ModuleT) -> ModuleT:
     """Return a copy of `model` for inference only, ready for torch.export, ONNX and torch.compile.
 
     Its outputs are those of `model.eval()` to about 1e-5, except that inputs are not shifted in
-    float32: an input whose |mean| is 1000 std loses four digits. Raises ValueError when `model` holds
-    no KNConv layer, or one that cannot be frozen without a change of what it does: "sampled"
-    statistics, forward or backward hooks, pruned or parametrized weights, a subclass.
+    float32: an input whose |mean| is 1000 std loses four digits. Raises ValueError when `model`
+    holds no KNConv layer, or one that cannot be frozen without a change of what it does: "sampled"
+    statistics, hooks, pruned or parametrized weights, a subclass.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     if not layers:
@@ -48,13 +48,13 @@ def _reasons(model: nn.Module) -> Iterator[str]:
         name = path or type(model).__name__
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
         if any(isinstance(hook, BasePruningMethod) for hook in hooks):
-            yield f"{name}, which is pruned: call torch.nn.utils.prune.remove(layer, 'weight') first"
+            yield f"{name}, which is pruned: first call torch.nn.utils.prune.remove on it"
         elif not isinstance(module, LAYERS):
             continue
         elif parametrize.is_parametrized(module):
             yield (
-                f"{name}, which is parametrized: call torch.nn.utils.parametrize."
-                "remove_parametrizations(layer, 'weight') first"
+                f"{name}, which is parametrized: first call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it"
             )
         elif type(module) not in LAYERS:
             yield f"{name}, a {type(module).__name__}, whose forward may differ: use KNConv layers"

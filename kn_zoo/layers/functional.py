@@ -1,7 +1,7 @@
 """The mathematics of kernel normalization, dense and differentiable, in any number of dimensions.
 
-A *unit* is every channel of one window, zero padding included: n = C * kh * kw numbers. Its mean and
-biased variance follow from one-channel maps, so no window is ever unfolded:
+A *unit* is every channel of one window, zero padding included: n = C * kh * kw numbers. Its mean
+and biased variance follow from one-channel maps, so no window is ever unfolded:
 
     m, v = mean and variance over the channels of a pixel        channel_moments
     mu   = box(m)                                                box_mean: the mean over a window
@@ -18,9 +18,9 @@ not dropped out. The expectation over masks leaves mu alone and makes E[x^2] of 
     (1 - p / n) / (1 - p) * E[x^2]
 
 With one group and no dropout mu is the mean of the very window that is convolved, and
-conv(x, W) - mu * sum(W) = conv(x, W - mean(W)): `zero_mean_weight`. In float32 both forms lose digits
-where |mean| >> std, since products of size |mean| * |w| are summed: `shift_input` convolves x minus
-a number of each image that is close to its mean.
+conv(x, W) - mu * sum(W) = conv(x, W - mean(W)): `zero_mean_weight`. In float32 both forms lose
+digits where |mean| >> std, since products of size |mean| * |w| are summed: with |mean| = 1000 std,
+2e-4 to 1e-3 of the largest output. `shift_input` convolves x minus a number of each image instead.
 
 These are plain operations that compilers, exporters, TorchScript and transforms see through.
 `kn_zoo.layers.eager` computes the same faster where operations run one by one.
@@ -42,6 +42,9 @@ else:  # TorchScript's name for both
 
 # Sums over fewer channels are not nearly normal: Gaussian dropout draws a mask instead.
 MIN_GAUSSIAN_CHANNELS = 16
+
+# |mean| over std of a row from which its image is shifted before a float32 convolution.
+MIN_SHIFT = 4.0
 
 
 class Window(NamedTuple):
@@ -76,26 +79,23 @@ def kn_conv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the normalized convolution (N, O, *S'), and the units' mu and 1 / sqrt(var + eps).
 
-    `x` is (N, C, *S), `weight` (O, C / groups, *kernel_size); both maps are (N, 1, *S'). `moments` are
-    the `channel_moments` to use, if they are known already.
+    `x` is (N, C, *S), `weight` (O, C / groups, *kernel_size); both maps are (N, 1, *S'). `moments`
+    are the `channel_moments` to use, if they are known already.
     """
     window = settings.window
-    shift: Tensor | None = None
-    if settings.shift_input:
-        shift = _middle_row_mean(x)
-        x = x - shift
     if moments is None:
         moments = channel_moments(x, settings.dropout_p, settings.dropout)
     mean, var = moments
-    if shift is not None:
-        mean = mean + shift
     mu, _, rstd = unit_statistics(mean, var, window, x.shape[1], settings.expected_p, settings.eps)
-    numerator = convolve(x, weight, window, settings.groups)
+    offset = mu
+    if settings.shift_input:
+        shift = image_shift(x)
+        offset = mu - shift
+        numerator = convolve_shifted(x, shift, weight, window, settings.groups)
+    else:
+        numerator = convolve(x, weight, window, settings.groups)
     dtype = numerator.dtype
-    if shift is not None and max(window.padding) > 0:  # zero padding should have been -shift
-        numerator = numerator - shift * _padded_weight_sum(x, weight, window)
     if not settings.zero_mean_weight:
-        offset = mu if shift is None else mu - shift
         weight_sum = _per_channel(weight.flatten(1).sum(1), x)
         numerator = numerator - materialize(offset.to(weight_sum.dtype)) * weight_sum
     out = numerator * materialize(rstd.to(upcast(numerator).dtype))
@@ -108,7 +108,7 @@ def kn_conv(
 def kernel_norm(
     x: Tensor, window: Window, dropout_p: float, statistics: str, eps: float, dropout: str = "mask"
 ) -> Tensor:
-    """Return (N, C, *S) with every window normalized, laid side by side: (N, C, *(S' * kernel_size)).
+    """Normalize every window, laid side by side: (N, C, *S) -> (N, C, *(S' * kernel_size)).
 
     `statistics` is "expected", "plain" or "sampled"; each window has a dropout mask of its own.
     """
@@ -144,7 +144,8 @@ def zero_mean_weight(weight: Tensor) -> Tensor:
 def channel_moments(x: Tensor, p: float, dropout: str = "mask") -> tuple[Tensor, Tensor]:
     """Mean and variance over the channels of each pixel after dropout: (N, C, *S) -> (N, 1, *S).
 
-    `dropout` is "mask" or "gaussian"; see `gaussian_moments`. The mean is float64 where that exists.
+    `dropout` is "mask" or "gaussian"; see `gaussian_moments`. In float64 where that exists, as the
+    squares of large numbers do not fit float32.
     """
     if p > 0.0 and uses_gaussian(x, dropout):
         sums = power_sums(x)
@@ -155,13 +156,13 @@ def channel_moments(x: Tensor, p: float, dropout: str = "mask") -> tuple[Tensor,
         x = F.dropout(x, p, True)
     first = x[:, :1]  # relative to one of the pixel's own numbers two sums lose no digits,
     x = x - first  # and a compiler takes both in one pass
-    mean = x.mean([1], keepdim=True)
-    square = (x * x).mean([1], keepdim=True)
-    return to_float64(mean) + first, (square - mean * mean).clamp_min(0.0)
+    mean = to_float64(x.mean([1], keepdim=True))
+    square = to_float64((x * x).mean([1], keepdim=True))
+    return mean + first, (square - mean * mean).clamp_min(0.0)
 
 
 def uses_gaussian(x: Tensor, dropout: str, least: int = MIN_GAUSSIAN_CHANNELS) -> bool:
-    """Return whether the sums over channels of x are drawn (TorchScript has no global constants)."""
+    """Return whether sums over channels of x are drawn (TorchScript knows no global constants)."""
     return dropout == "gaussian" and x.shape[1] >= least
 
 
@@ -180,9 +181,9 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def gaussian_moments(
     sums: tuple[Tensor, Tensor, Tensor, Tensor], normal: Tensor, p: float, channels: int
 ) -> tuple[Tensor, Tensor]:
-    """Moments under dropout from two normal numbers a pixel, `normal` (2, N, 1, *S), without a mask.
+    """Moments under dropout from two normal numbers a pixel, `normal` (2, N, 1, *S), not a mask.
 
-    Fast dropout (Wang and Manning, 2013): the sums over channels of y = x * keep / (1 - p) and of y^2
+    Fast dropout (Wang and Manning, 2013): sums over channels of y = x * keep / (1 - p) and of y^2
     are drawn from the normal distribution that has the mask's means, variances and covariance. A
     pixel's variance may turn out negative; that of a unit is clamped. `sums` are `power_sums(x)`.
     """
@@ -254,6 +255,29 @@ def convolve(x: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
     return F.conv3d(x, weight, None, stride, padding, dilation, groups)
 
 
+def convolve_shifted(
+    x: Tensor, shift: Tensor, weight: Tensor, window: Window, groups: int
+) -> Tensor:
+    """`convolve` of padded x minus `shift`, a number for each image, (N, 1, ...)."""
+    unpadded = Window(window.kernel_size, window.stride, [0] * len(window.padding), window.dilation)
+    return convolve(F.pad(x, window.padding) - shift, weight, unpadded, groups)
+
+
+def image_shift(x: Tensor, least: float = MIN_SHIFT) -> Tensor:
+    """Return what to take off each image before a float32 convolution, (N, 1, ...).
+
+    It is the mean of the middle row, which is known before a pass over all of x, where that is
+    above `least` of the row's std, else 0: in an image of high contrast, a dark even window would
+    lose digits.
+    """
+    row = x[:, :, x.shape[2] // 2].flatten(1)
+    first = row[:, :1]  # relative to it, the shift of a constant image leaves exact zeros
+    var, mean = torch.var_mean(row - first, [1], correction=0, keepdim=True)
+    mean = mean + first
+    shift = torch.where(mean * mean > least * least * var, mean, torch.zeros_like(mean))
+    return shift.view([-1] + [1] * (x.dim() - 1))
+
+
 def symmetric_padding(x: Tensor, padding: Ints) -> tuple[Tensor, Ints]:
     """Return x, padded if need be, and the padding of each dimension left to the convolution."""
     dims = len(padding) // 2
@@ -285,19 +309,6 @@ def materialize(maps: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return maps.as_strided(maps.shape, maps.stride())  # Inductor computes what it views
         return maps
-
-
-def _middle_row_mean(x: Tensor) -> Tensor:
-    """Mean of the middle row of each image, (N, 1, ...), known before a pass over all of x."""
-    row = x[:, :, x.shape[2] // 2]
-    return row.mean(list(range(1, row.dim()))).view([-1] + [1] * (x.dim() - 1))
-
-
-def _padded_weight_sum(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """Sum of the part of each filter that lies in the padding, (1, O, *S')."""
-    outside = F.pad(torch.zeros_like(x[:1, :1]), window.padding, value=1.0)
-    inside = Window(window.kernel_size, window.stride, [0] * len(window.padding), window.dilation)
-    return convolve(outside, weight.sum(1, keepdim=True), inside, 1)
 
 
 def _per_channel(vector: Tensor, x: Tensor) -> Tensor:

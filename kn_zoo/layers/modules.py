@@ -1,4 +1,4 @@
-"""KNConv and KernelNorm as modules: constructors, checks, and the choice of inference statistics."""
+"""KNConv and KernelNorm as modules: constructors, checks, choice of inference statistics."""
 
 from typing import Any
 
@@ -37,10 +37,10 @@ def kn_conv_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a KNConv layer's output, and the mu and 1 / sqrt(var + eps) that made it.
 
-    Both maps, (N, 1, *S') or (1, *S') as `x` is batched or not, are those of this very call, dropout
-    mask included; they carry no gradient where the eager kernels run. With G the gradient of the
-    output (0 where a ReLU is), an image's gradient of the weight is that of the convolution of x for
-    G * rstd, minus the sum over pixels of G * rstd * mu, the same for a filter's numbers.
+    Both maps, (N, 1, *S') or (1, *S') as `x` is batched or not, are those of this very call, with
+    its dropout mask; where the eager kernels run they carry no gradient. With G the gradient of the
+    output (0 where a ReLU is 0), an image's gradient of the weight is that of a convolution of x
+    for G * rstd, minus the sum over pixels of G * rstd * mu, the same for all numbers of a filter.
 
     `statistics` is "expected", "plain" or "sampled". `frozen`: with one group, `weight` is
     `zero_mean_weight` already, and x is not shifted.
@@ -158,12 +158,12 @@ class KNConv2d(_KNConv, nn.Conv2d):
 
     - `padding` is an int, (height, width), (left, right, top, bottom), "valid" or, with stride 1,
       "same". Zeros are the only `padding_mode`.
-    - `inference_statistics` decides what `eval()` does: "expected" takes the statistics' expectation
-      over dropout masks, "plain" uses no dropout, "sampled" is random, as in training and in the
-      authors' code.
+    - `inference_statistics` decides what `eval()` does: "expected" takes the expectation of the
+      statistics over dropout masks, "plain" uses no dropout, "sampled" is random, as in training
+      and in the authors' code.
     - `dropout` is "mask", or "gaussian": fast dropout (Wang and Manning, 2013) draws the sums over
       channels that a mask would leave from the normal distribution with the same first two moments,
-      if there are 16 channels or more. Compilers fuse it. At inference it matters for "sampled" only.
+      if there are 16 channels or more. Compilers fuse it. At inference it matters to "sampled".
     - `relu` returns the ReLU of the output. Training then keeps one tensor less than with `nn.ReLU`
       after the layer; as with that, do not write over the result before the backward pass.
 
@@ -284,8 +284,8 @@ class KernelNorm2d(_KernelNorm):
 
     Input (N, C, H, W) or (C, H, W); output (N, C, H'*kh, W'*kw), the H' x W' windows side by side,
     so a following convolution of stride `kernel_size` sees each window once. `stride` defaults to
-    `kernel_size`; `padding` as in `KNConv2d`. Dropout acts on the statistics only, with a mask of its
-    own for each window; `inference_statistics` and `dropout` as in `KNConv2d`.
+    `kernel_size`; `padding` as in `KNConv2d`. Dropout acts on the statistics only, with a mask of
+    its own for each window; `inference_statistics` and `dropout` as in `KNConv2d`.
     """
 
     dims = 2
@@ -325,7 +325,7 @@ def set_inference_statistics(model: nn.Module, statistics: str) -> nn.Module:
     if any(isinstance(module, FrozenKNConv) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is frozen, and so are its statistics: call "
-            "set_inference_statistics on the model that kn_zoo.freeze was given, and freeze it again"
+            "set_inference_statistics on the model before kn_zoo.freeze, and freeze it again"
         )
     layers = [m for m in model.modules() if isinstance(m, _KNConv | _KernelNorm)]
     if not layers:
@@ -395,28 +395,22 @@ def _check_input(x: Tensor, window: Window) -> None:
     """Refuse an input (N, C, *S) of integers, or too small for one window."""
     if not x.is_floating_point():
         raise TypeError(
-            f"kernel normalization of {x.dtype}: use a floating-point input, such as x.float(); in a "
-            "quantized model leave these layers out (qconfig = None) and dequantize before them"
+            f"kernel normalization of {x.dtype}: use a floating-point input, such as x.float(); in "
+            "a quantized model leave these layers out (qconfig = None) and dequantize before them"
         )
     dims = len(window.kernel_size)
     if x.dim() != dims + 2:
         raise ValueError(f"input of {x.dim()} dimensions: use {dims + 2}, or {dims + 1} unbatched")
+    fits = True
+    spans: list[int] = []
+    sizes: list[int] = []
     for i in range(dims):
-        side = 2 * (dims - 1 - i)
-        size = x.shape[i + 2] + window.padding[side] + window.padding[side + 1]
-        if size < window.dilation[i] * (window.kernel_size[i] - 1) + 1:
-            raise ValueError(_too_small(x, window))
-
-
-def _too_small(x: Tensor, window: Window) -> str:
-    spans: list[str] = []
-    sizes: list[str] = []
-    dims = len(window.kernel_size)
-    for i in range(dims):
-        side = 2 * (dims - 1 - i)
-        spans.append(str(window.dilation[i] * (window.kernel_size[i] - 1) + 1))
-        sizes.append(str(x.shape[i + 2] + window.padding[side] + window.padding[side + 1]))
-    return (
-        f"a window of {' x '.join(spans)} pixels does not fit the padded input of "
-        f"{' x '.join(sizes)}: use a larger input, more padding or a smaller kernel"
-    )
+        spans.append(window.dilation[i] * (window.kernel_size[i] - 1) + 1)
+        sizes.append(x.shape[i + 2] + window.padding[-2 * i - 1] + window.padding[-2 * i - 2])
+        fits = fits and spans[i] <= sizes[i]
+    if not fits:
+        raise ValueError(
+            f"a window of {' x '.join([str(n) for n in spans])} pixels does not fit the padded "
+            f"input of {' x '.join([str(n) for n in sizes])}: use a larger input, more padding or "
+            "a smaller kernel"
+        )

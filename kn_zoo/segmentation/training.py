@@ -129,7 +129,7 @@ class SegmentationTrainer(Trainer):
         self.network_transform = eval_transform(recipe.preprocessing)
         transform = training_transform(recipe.augmentation, recipe.preprocessing, self.classes.void)
         self.batches = PairBatches(
-            recipe, train_set, transform, self.run_config.workers, self.accelerator.device, share
+            recipe, train_set, transform, self.run_config.workers, self.accelerator.device, shard
         )
         network = create_network(recipe, self.class_names).to(self.accelerator.device)
         if shard.processes > 1 and self.accelerator.device.type == "cuda":

@@ -239,8 +239,8 @@ def test_the_layers_are_near_what_float64_says(dtype: torch.dtype, bound: float)
 def test_a_layer_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = KNConv2d.forward
     monkeypatch.setattr(KNConv2d, "forward", lambda layer, x: 1.01 * forward(layer, x))
-    found = benchmark_check.layer_errors(3, torch.float32, "cpu", "eager")
-    assert all(error == pytest.approx(0.01, rel=0.1) for error in found)
+    actual = benchmark_check.layer_errors(3, torch.float32, "cpu", "eager")
+    assert all(error == pytest.approx(0.01, rel=0.1) for error in actual)
 
 
 def test_ratios_are_of_one_round() -> None:

@@ -94,27 +94,27 @@ def test_the_accuracy_is_that_of_torchmetrics() -> None:
     random = np.random.RandomState(0)
     logits = random.standard_normal((200, 12)).astype(np.float32)
     targets = random.randint(0, 12, 200)
-    found = predictions(logits, targets)
-    for k, percent in ((1, found.top1), (5, found.top5)):
+    actual = predictions(logits, targets)
+    for k, percent in ((1, actual.top1), (5, actual.top5)):
         expected = multiclass_accuracy(
             torch.tensor(logits), torch.tensor(targets), 12, average="micro", top_k=k
         )
         assert percent == pytest.approx(100 * float(expected))
-    assert 0 < found.top1 < found.top5 < 100
+    assert 0 < actual.top1 < actual.top5 < 100
 
 
 def test_rows_are_ordered_and_equal_logits_go_by_class() -> None:
-    found = predictions(np.array([[1, 3, 3, 2, 3, 0, 1]], np.float32))
-    assert found.indices.tolist() == [[1, 2, 4, 3, 0]]
-    assert found.logits.tolist() == [[3, 3, 3, 2, 1]]
-    assert (found.indices.dtype, found.logits.dtype) == (np.int16, np.float32)
-    assert found.targets.dtype == np.int16
+    actual = predictions(np.array([[1, 3, 3, 2, 3, 0, 1]], np.float32))
+    assert actual.indices.tolist() == [[1, 2, 4, 3, 0]]
+    assert actual.logits.tolist() == [[3, 3, 3, 2, 1]]
+    assert (actual.indices.dtype, actual.logits.dtype) == (np.int16, np.float32)
+    assert actual.targets.dtype == np.int16
 
 
 def test_fewer_than_five_classes() -> None:
-    found = predictions(np.array([[1, 3], [2, 0]], np.float32))
-    assert found.indices.tolist() == [[1, 0], [0, 1]]
-    assert found.top5 == 100
+    actual = predictions(np.array([[1, 3], [2, 0]], np.float32))
+    assert actual.indices.tolist() == [[1, 0], [0, 1]]
+    assert actual.top5 == 100
 
 
 def test_the_model_and_torch_are_left_as_they_were() -> None:
@@ -167,12 +167,12 @@ def two_evaluations(seed: int, classes: int, spread: float) -> tuple[np.ndarray,
 @given(seeds, st.integers(1, 9), st.sampled_from([1e-4, 1e-3, 1e-2, 1.0]))
 def test_rounding_is_never_a_mismatch(seed: int, classes: int, spread: float) -> None:
     before, after = two_evaluations(seed, classes, spread)
-    found, stored = predictions(after), predictions(before)
-    comparison = compare(found, stored)
+    actual, stored = predictions(after), predictions(before)
+    comparison = compare(actual, stored)
     assert comparison.mismatches.tolist() == []
-    moved = (found.indices != stored.indices).any(axis=1)
+    moved = (actual.indices != stored.indices).any(axis=1)
     assert comparison.reordered.tolist() == np.flatnonzero(moved).tolist()
-    flipped = found.indices[:, 0] != stored.indices[:, 0]
+    flipped = actual.indices[:, 0] != stored.indices[:, 0]
     assert set(np.flatnonzero(flipped)) <= set(comparison.near_ties.tolist())
 
 

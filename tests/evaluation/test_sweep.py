@@ -109,14 +109,14 @@ def test_the_sweep_finds_what_reproduces_the_published_accuracy(
     stored = upstream.import_checkpoint(checkpoint, zoo / "checkpoint.pth")
 
     status = run(NAME, "--json", zoo / "found.json")
-    (found,) = json.loads((zoo / "found.json").read_text())["upstream"]
+    (actual,) = json.loads((zoo / "found.json").read_text())["upstream"]
     printed = capsys.readouterr().out
-    assert (status, found["status"]) == (0, "match"), printed
-    assert len(found["runs"]) == 6 and found["file"]["sha256"] == stored.sha256
-    top1 = {(run["inputs"], run["statistics"]): run["top1"] for run in found["runs"]}
+    assert (status, actual["status"]) == (0, "match"), printed
+    assert len(actual["runs"]) == 6 and actual["file"]["sha256"] == stored.sha256
+    top1 = {(run["inputs"], run["statistics"]): run["top1"] for run in actual["runs"]}
     assert top1[inputs, statistics] == 100
-    assert found["reproduced"][0]["inputs"] == inputs
-    others = {run["inputs"] for run in found["reproduced"]} - {inputs}
+    assert actual["reproduced"][0]["inputs"] == inputs
+    others = {run["inputs"] for run in actual["reproduced"]} - {inputs}
     assert not others, "the other inputs give another accuracy"
     assert (
         f"published accuracy is that of {statistics} statistics on inputs with {inputs}" in printed
@@ -149,8 +149,8 @@ def test_without_images_or_file_it_is_skipped(zoo: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "load", lambda *_, **__: sample)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, _ = results(zoo, NAME)
-    (found,) = json.loads((zoo / "results.json").read_text())["upstream"]
-    assert status == 2 and "kn-zoo import" in found["reasons"][0]
+    (actual,) = json.loads((zoo / "results.json").read_text())["upstream"]
+    assert status == 2 and "kn-zoo import" in actual["reasons"][0]
     manifest.write_entry(replace(manifest.find(NAME), parameters=1))
     assert run(NAME) == 1, "parameters and FLOPs need neither images nor file"
 

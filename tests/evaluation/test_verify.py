@@ -105,13 +105,13 @@ def stored(name: str = NAME) -> predictions.Predictions:
 def test_all_is_well_and_missing_data_is_skipped(
     zoo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, found = results(zoo)
+    status, actual = results(zoo)
     assert status == 0
-    assert [result["status"] for result in found.values()] == ["match", "match", "skipped"]
-    assert "CIFAR-100 is not in" in found[ELSEWHERE]["reasons"][0]
-    assert found[ELSEWHERE]["checked"] == ["parameters", "FLOPs", "SHA-256"]
+    assert [result["status"] for result in actual.values()] == ["match", "match", "skipped"]
+    assert "CIFAR-100 is not in" in actual[ELSEWHERE]["reasons"][0]
+    assert actual[ELSEWHERE]["checked"] == ["parameters", "FLOPs", "SHA-256"]
     accuracy = manifest.find(NAME).reported.statistics["expected"]
-    (score,) = found[NAME]["scores"]
+    (score,) = actual[NAME]["scores"]
     assert score["recomputed"]["top1"] == pytest.approx(accuracy.top1)
     assert score["reported"] == {"top1": accuracy.top1, "top5": accuracy.top5}
     printed = capsys.readouterr().out
@@ -138,9 +138,9 @@ def test_without_a_network_the_rest_is_verified_and_one_line_says_what_is_not(
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
-    status, found = results(zoo, "--download")
+    status, actual = results(zoo, "--download")
     statuses = ["match", "match", "skipped", "skipped"]
-    assert (status, [result["status"] for result in found.values()]) == (0, statuses)
+    assert (status, [result["status"] for result in actual.values()]) == (0, statuses)
     assert len(attempts) == 1
     printed = capsys.readouterr().out.splitlines()
     (line,) = [line for line in printed if "CIFAR-100" in line]
@@ -156,23 +156,23 @@ def test_a_wrong_count_is_a_mismatch_with_and_without_images(
     checkpoint = manifest.find(name)
     right = getattr(checkpoint, count)
     manifest.write_entry(replace(checkpoint, **{count: right + 1}))
-    status, found = results(zoo, name, "--statistics", statistics)
-    assert (status, found[name]["status"]) == (1, "mismatch")
-    assert found[name]["reasons"][0].endswith(
+    status, actual = results(zoo, name, "--statistics", statistics)
+    assert (status, actual[name]["status"]) == (1, "mismatch")
+    assert actual[name]["reasons"][0].endswith(
         f": the network has {right:,}, the manifest says {right + 1:,}"
     )
 
 
 @pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
 def test_all_statistics_are_checked(zoo: Path, statistics: str) -> None:
-    status, found = results(zoo, NAME, "--statistics", "all")
-    assert (status, found[NAME]["reasons"]) == (0, [])
+    status, actual = results(zoo, NAME, "--statistics", "all")
+    assert (status, actual[NAME]["reasons"]) == (0, [])
     names = ["expected", "plain", "sampled"]
-    assert sorted(score["statistics"] for score in found[NAME]["scores"]) == names
+    assert sorted(score["statistics"] for score in actual[NAME]["scores"]) == names
     report_more_images(statistics)
-    status, found = results(zoo, NAME, "--statistics", "all")
-    assert (status, len(found[NAME]["reasons"])) == (1, 1)
-    assert found[NAME]["reasons"][0].startswith(f"top-1, {statistics}: ")
+    status, actual = results(zoo, NAME, "--statistics", "all")
+    assert (status, len(actual[NAME]["reasons"])) == (1, 1)
+    assert actual[NAME]["reasons"][0].startswith(f"top-1, {statistics}: ")
 
 
 def report_more_images(statistics: str) -> None:
@@ -192,11 +192,11 @@ def report_more_images(statistics: str) -> None:
 @pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
 def test_the_result_is_that_of_any_batch_size(zoo: Path, batch_size: int, statistics: str) -> None:
     arguments = (NAME, "--batch-size", batch_size, "--statistics", statistics)
-    status, found = results(zoo, *arguments)
-    assert (status, found[NAME]["status"], found[NAME]["reasons"]) == (0, "match", [])
+    status, actual = results(zoo, *arguments)
+    assert (status, actual[NAME]["status"], actual[NAME]["reasons"]) == (0, "match", [])
     if statistics != "sampled":
         accuracy = manifest.find(NAME).reported.statistics[statistics]
-        (score,) = found[NAME]["scores"]
+        (score,) = actual[NAME]["scores"]
         assert score["recomputed"]["top1"] == pytest.approx(accuracy.top1)
 
 
@@ -207,10 +207,10 @@ def test_a_wrong_prediction_is_caught_and_named(
     before = int(indices[17, 0])
     indices[17, :2] = indices[17, 1::-1]
     edit(NAME, indices=indices)
-    status, found = results(zoo, NAME, OTHER)
+    status, actual = results(zoo, NAME, OTHER)
     assert status == 1
-    assert found[NAME]["status"] == "mismatch" and found[NAME]["mismatches"] == [17]
-    assert found[OTHER]["status"] == "match"
+    assert actual[NAME]["status"] == "mismatch" and actual[NAME]["mismatches"] == [17]
+    assert actual[OTHER]["status"] == "match"
     expected = f"1 of {IMAGES} images differ from predictions.npz: 17 (recomputed {before}, stored "
     assert expected in capsys.readouterr().out
 
@@ -221,11 +221,11 @@ def test_the_last_class_and_a_logit_are_compared_too(zoo: Path) -> None:
     logits[5, 4] -= 3 * NEAR_TIE
     edit(NAME, indices=indices)
     edit(OTHER, logits=logits)
-    status, found = results(zoo, NAME, OTHER)
+    status, actual = results(zoo, NAME, OTHER)
     assert status == 1
-    assert (found[NAME]["mismatches"], found[OTHER]["mismatches"]) == ([3], [5])
-    assert "3 (other classes after the first)" in found[NAME]["reasons"][0]
-    assert "5 (logits differ by 0.03)" in found[OTHER]["reasons"][0]
+    assert (actual[NAME]["mismatches"], actual[OTHER]["mismatches"]) == ([3], [5])
+    assert "3 (other classes after the first)" in actual[NAME]["reasons"][0]
+    assert "5 (logits differ by 0.03)" in actual[OTHER]["reasons"][0]
 
 
 def test_a_near_tie_is_listed_and_no_mismatch(
@@ -256,9 +256,9 @@ def test_a_near_tie_is_listed_and_no_mismatch(
     manifest.write_entry(
         replace(checkpoint, reported=manifest.Reported("kn_zoo", {"expected": accuracy}))
     )
-    status, found = results(zoo, NAME)
-    assert status == 0, found
-    assert found[NAME]["near_ties"] == found[NAME]["reordered"] == [image]
+    status, actual = results(zoo, NAME)
+    assert status == 0, actual
+    assert actual[NAME]["near_ties"] == actual[NAME]["reordered"] == [image]
     note = f"images {image} have logits closer than {NEAR_TIE:g} in another order (float rounding)"
     assert note in capsys.readouterr().out
 
@@ -267,17 +267,17 @@ def test_a_bundle_cannot_widen_the_bound(zoo: Path) -> None:
     logits = stored().logits.copy()
     logits[9] += 1
     edit(NAME, logits=logits, near_tie_bound=np.asarray(1e9))
-    status, found = results(zoo, NAME)
-    assert (status, found[NAME]["mismatches"]) == (1, [9])
+    status, actual = results(zoo, NAME)
+    assert (status, actual[NAME]["mismatches"]) == (1, [9])
 
 
 @pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
 def test_a_wrong_reported_accuracy_is_caught(zoo: Path, statistics: str) -> None:
     report_more_images(statistics)
-    status, found = results(zoo, NAME, "--statistics", statistics)
+    status, actual = results(zoo, NAME, "--statistics", statistics)
     assert status == 1
-    assert len(found[NAME]["reasons"]) == 1
-    assert found[NAME]["reasons"][0].startswith(f"top-1, {statistics}: ")
+    assert len(actual[NAME]["reasons"]) == 1
+    assert actual[NAME]["reasons"][0].startswith(f"top-1, {statistics}: ")
 
 
 def test_a_flipped_bit_is_refused_and_the_others_go_on(
@@ -287,10 +287,10 @@ def test_a_flipped_bit_is_refused_and_the_others_go_on(
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    status, found = results(zoo, "--embedded")
+    status, actual = results(zoo, "--embedded")
     assert status == 1
-    assert found[NAME]["status"] == "corrupt" and found[NAME]["scores"] == []
-    assert found[OTHER]["status"] == "match"
+    assert actual[NAME]["status"] == "corrupt" and actual[NAME]["scores"] == []
+    assert actual[OTHER]["status"] == "match"
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "corrupt: " in x]
     assert "SHA-256" in line and "Install kn_zoo again" in line
 
@@ -298,8 +298,8 @@ def test_a_flipped_bit_is_refused_and_the_others_go_on(
 def test_a_flipped_bit_is_seen_without_images(zoo: Path) -> None:
     file = manifest.find(ELSEWHERE).folder / manifest.WEIGHTS_FILE
     file.write_bytes(file.read_bytes()[:-1])
-    status, found = results(zoo, ELSEWHERE)
-    assert (status, found[ELSEWHERE]["status"]) == (1, "corrupt")
+    status, actual = results(zoo, ELSEWHERE)
+    assert (status, actual[ELSEWHERE]["status"]) == (1, "corrupt")
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "missing array", "missing", "shorter"])
@@ -316,30 +316,30 @@ def test_broken_predictions_are_told(zoo: Path, damage: str) -> None:
     else:
         whole = stored()
         edit(NAME, indices=whole.indices[1:], logits=whole.logits[1:], targets=whole.targets[1:])
-    status, found = results(zoo, NAME, OTHER)
+    status, actual = results(zoo, NAME, OTHER)
     assert status == 1
-    assert found[NAME]["status"] == ("mismatch" if damage == "shorter" else "corrupt")
-    assert "predictions.npz" in found[NAME]["reasons"][0] or damage == "missing"
-    assert found[OTHER]["status"] == "match"
+    assert actual[NAME]["status"] == ("mismatch" if damage == "shorter" else "corrupt")
+    assert "predictions.npz" in actual[NAME]["reasons"][0] or damage == "missing"
+    assert actual[OTHER]["status"] == "match"
 
 
 def test_fewer_images_than_reported_are_no_verdict(
     zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "IMAGES", 30)
-    status, found = results(zoo, NAME)
-    assert (status, found[NAME]["status"]) == (2, "skipped")
-    assert "has 30 images here, the accuracy was measured on 40" in found[NAME]["reasons"][0]
+    status, actual = results(zoo, NAME)
+    assert (status, actual[NAME]["status"]) == (2, "skipped")
+    assert "has 30 images here, the accuracy was measured on 40" in actual[NAME]["reasons"][0]
 
 
 def test_an_unavailable_checkpoint_is_skipped_with_a_hint(zoo: Path) -> None:
     checkpoint = replace(manifest.find(NAME), name=f"{ARCHITECTURE}.future", file=None, bundle=None)
     manifest.write_entry(checkpoint)
-    status, found = results(zoo, "--all")
+    status, actual = results(zoo, "--all")
     assert status == 0
-    future = found[checkpoint.name]
+    future = actual[checkpoint.name]
     assert future["status"] == "skipped" and "Train it with" in future["reasons"][0]
-    assert [result["status"] for result in found.values()] == [
+    assert [result["status"] for result in actual.values()] == [
         "match",
         "match",
         "skipped",
@@ -351,9 +351,9 @@ def test_statistics_that_nobody_reported_are_skipped(zoo: Path) -> None:
     checkpoint: Checkpoint = manifest.find(NAME)
     expected = {"expected": checkpoint.reported.statistics["expected"]}
     manifest.write_entry(replace(checkpoint, reported=manifest.Reported("kn_zoo", expected)))
-    status, found = results(zoo, NAME, "--statistics", "plain")
-    assert (status, found[NAME]["status"]) == (2, "skipped")
-    assert "use --statistics expected" in found[NAME]["reasons"][0]
+    status, actual = results(zoo, NAME, "--statistics", "plain")
+    assert (status, actual[NAME]["status"]) == (2, "skipped")
+    assert "use --statistics expected" in actual[NAME]["reasons"][0]
 
 
 @pytest.mark.parametrize(

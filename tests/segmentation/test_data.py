@@ -86,7 +86,7 @@ AUGMENTATION: list[dict[str, dict]] = [
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_joint_transforms_keep_image_and_labels_aligned(seed: int) -> None:
-    """A vertical and a horizontal edge, in image and labels, are at the same data_config afterwards."""
+    """A vertical and a horizontal edge, in image and labels, stay at the same position."""
     labels = torch.zeros(45, 60, dtype=torch.uint8)
     labels[20:, :] += 1
     labels[:, 33:] += 2

@@ -169,4 +169,4 @@ def test_results_are_read_once() -> None:
     def once() -> Iterator[Segmented]:
         yield from results()
 
-    assert len(label_maps(once(), CLASSES).maps) == 3
+    assert len(collect_label_maps(once(), CLASSES).maps) == 3

@@ -29,14 +29,14 @@ def compute(recipe: Recipe) -> fingerprint.Rows:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_first_losses_are_unchanged(name: str) -> None:
-    found, stored = compute(RECIPES[name]), STORED[name]
+    actual, stored = compute(RECIPES[name]), STORED[name]
     for key, tolerance in (("lr", 1e-5), ("loss", 2e-2)):
-        a, b = ([row[key] for row in rows] for rows in (found, stored))
+        a, b = ([row[key] for row in rows] for rows in (actual, stored))
         assert np.allclose(a, b, rtol=tolerance), (
             f"{key} {a} is not {b}: if intended, run python -m tests.training.fingerprint {name}"
         )
     # Rounding differs between processors, and grows with every update.
-    assert found[0]["loss"] == pytest.approx(stored[0]["loss"], rel=1e-3)
+    assert actual[0]["loss"] == pytest.approx(stored[0]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """`functional.kn_conv` where operations run one by one: fewer passes, and fewer tensors kept.
 
-Optional: without this folder, and the `if` in `modules.kn_conv_with_statistics` that leads here, all
-results stay the same. There is no other way in.
+Optional: without this folder, and the `if` in `modules.kn_conv_with_statistics` that leads here,
+all results stay the same. There is no other way in.
 """
 
 import torch

@@ -13,6 +13,7 @@ from torch import Tensor
 from kn_zoo.layers import functional
 from kn_zoo.layers.functional import (
     ConvSettings,
+    Ints,
     Window,
     box_mean,
     expected_factor,
@@ -54,7 +55,7 @@ class _KNConv2d(torch.autograd.Function):
         mean, var = masked_moments(x, s.dropout_p, ctx.seed)
         mu, var, rstd = unit_statistics(mean, var, s.window, x.shape[1], s.expected_p, s.eps)
         if s.shift_input:
-            ctx.shift = _shift_if_needed(mean, mu, var)
+            ctx.shift = _shift_if_needed(x, mu, var)
         image, filters, (stride, padding, dilation, *_, groups) = _conv_arguments(ctx, x, weight)
         numerator = F.conv2d(image, filters, None, stride, padding, dilation, groups)
         offset = weight_sum = None
@@ -90,7 +91,7 @@ class _KNConv2d(torch.autograd.Function):
             grad_x = _like_input(ctx, grad_x, x)
             s = ctx.settings
             grads = _unit_statistics_backward(
-                grad_mu, grad_rstd, mean, mu, rstd, s.window, x.shape[1], s.expected_p
+                grad_mu, grad_rstd, mu, rstd, x.shape[2:], s.window, x.shape[1], s.expected_p
             )
             add_moments_gradient_(grad_x, x, *grads, mean, s.dropout_p, ctx.seed)
         if need_weight:
@@ -108,24 +109,20 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _shift_if_needed(mean: Tensor, mu: Tensor, var: Tensor) -> Tensor | None:
-    """Return the mean of images with a window of |mean| > 16 std, 0 of others; None if all are.
+def _shift_if_needed(x: Tensor, mu: Tensor, var: Tensor) -> Tensor | None:
+    """Return `functional.image_shift(x)`, or None if no window of the batch has |mean| > 16 std.
 
     x - shift is a copy of x, too expensive to make without need; on a GPU looking costs more.
     """
-    if mean.device.type == "cpu":
-        ill = mu * mu > ILL_CONDITIONED * var
-        if not bool(ill.any()):
-            return None
-        of_image = ill.flatten(1).any(1).view(-1, 1, 1, 1)
-        return torch.where(of_image, mean.mean((2, 3), keepdim=True), 0.0)
-    return mean.mean((2, 3), keepdim=True)
+    if x.device.type == "cpu" and not bool((mu * mu > ILL_CONDITIONED * var).any()):
+        return None
+    return functional.image_shift(x)
 
 
 def _conv_arguments(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Return the image, the filters, and the further arguments of `convolution_backward`."""
     window = ctx.settings.window
-    padding = [0, 0]
+    padding: Ints = [0, 0]
     if ctx.shift is not None:
         x = F.pad(x, window.padding) - ctx.shift
     else:
@@ -212,14 +209,17 @@ def _normalize_backward(
 def _unit_statistics_backward(
     grad_mu: Tensor | None,
     grad_rstd: Tensor,
-    mean: Tensor,
     mu: Tensor,
     rstd: Tensor,
+    size: torch.Size,
     window: Window,
     channels: int,
     expected_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients that `unit_statistics` passes on to the pixels' mean and variance, in float64."""
+    """Gradients that pass through `unit_statistics`, in float64, two maps (N, 1, *size).
+
+    They are those of the means of x and x^2 over the channels of each pixel.
+    """
     grad_spread = grad_rstd * rstd.pow(3).mul_(-0.5)  # spread = factor * E[x^2] - mu^2
     to_mu = torch.mul(mu, grad_spread).mul_(-2.0)
     if grad_mu is not None:
@@ -227,9 +227,8 @@ def _unit_statistics_backward(
     if expected_p > 0.0:
         grad_spread *= expected_factor(channels, window, expected_p)
     boxes = torch.cat([to_mu, grad_spread], 1)  # (N, 2, H', W')
-    pixels = _box_mean_adjoint(boxes, mean.shape[2:], window)
-    grad_mean, grad_square = pixels[:, :1], pixels[:, 1:]
-    return torch.addcmul(grad_mean, mean.double(), grad_square, value=2.0), grad_square
+    pixels = _box_mean_adjoint(boxes, size, window)
+    return pixels[:, :1], pixels[:, 1:]
 
 
 def _box_mean_adjoint(grad: Tensor, size: torch.Size, window: Window) -> Tensor:
@@ -271,11 +270,11 @@ def _differentiable_gradients(
     autocast = ctx.autocast_dtype is not None
     with torch.autocast(x.device.type, ctx.autocast_dtype, enabled=autocast):
         out, _, _ = functional.kn_conv(x, weight, bias, s, moments)
-    inputs = [x, weight, bias]
     needs = ctx.needs_input_grad[:3]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needs]
+    pairs = zip((x, weight, bias), needs, strict=True)
+    wanted = [t for t, need in pairs if need and t is not None]
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needs]
 
 
 def _cpu_upcast(x: Tensor) -> Tensor:

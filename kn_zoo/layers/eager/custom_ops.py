@@ -1,4 +1,4 @@
-"""Random numbers in compiled code on a CPU, as operators: Inductor's own take many times as long."""
+"""Random numbers in compiled code on a CPU, as operators: Inductor's own take far longer."""
 
 from typing import Any
 
@@ -62,6 +62,7 @@ def channel_moments_backward(
 ) -> Tensor:
     """The gradient for x, in its shape and type."""
     grad = torch.zeros_like(x)
+    grad_mean = torch.addcmul(grad_mean, grad_var, mean, value=-2.0)  # var = mean(y^2) - mean^2
     add_moments_gradient_(grad, x, grad_mean, grad_var, mean, p, int(seed))
     return grad
 

@@ -25,7 +25,7 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 def dropped_per_chunk(x: Tensor, p: float, seed: int) -> list[Tensor | None]:
-    """Return for each of `iter_chunks(x)` where in its memory elements are dropped; None if p is 0."""
+    """Return the dropped positions in the memory of each of `iter_chunks(x)`; None if p is 0."""
     size = images_per_chunk(x)
     count = max(1, -(-len(x) // size))
     if p == 0.0:
@@ -39,7 +39,7 @@ def dropped_per_chunk(x: Tensor, p: float, seed: int) -> list[Tensor | None]:
 
 
 def _bernoulli_positions(count: int, p: float, seed: int) -> Tensor:
-    """Return the sorted positions of successes among `count` independent trials of probability p."""
+    """Return the sorted positions of successes among `count` trials of probability p."""
     generator = torch.Generator().manual_seed(seed)
     draws = int(count * p + 6.0 * math.sqrt(count * p) + 16.0)  # hardly ever too few
     parts: list[Tensor] = []
@@ -48,8 +48,8 @@ def _bernoulli_positions(count: int, p: float, seed: int) -> Tensor:
         uniform = torch.rand(draws, generator=generator)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).to(torch.int64)
         positions = gaps.add_(1).cumsum_(0).add_(last)
-        found = int(torch.searchsorted(positions, count))
-        parts.append(positions[:found])
-        if found < draws:
+        successes = int(torch.searchsorted(positions, count))
+        parts.append(positions[:successes])
+        if successes < draws:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         last = int(positions[-1])

@@ -10,7 +10,7 @@ from .dropout import dropout_mask, dropped_per_chunk
 
 
 def masked_moments(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
-    """As `functional.channel_moments` with the mask of `seed`, in float32, not differentiable."""
+    """As `functional.channel_moments` with the mask of `seed`, not differentiable."""
     x = dense_layout(x)
     if x.device.type != "cpu":  # one fused pass there
         x = upcast(x) * dropout_mask(x, p, seed) if p > 0.0 else upcast(x)
@@ -28,9 +28,12 @@ def masked_moments(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
 def _moments(x: Tensor, dropped: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     if dropped is None:
         x = upcast(x)
+        first = x[:, :1]  # see functional.channel_moments
+        x = x - first
         mean = x.mean(1, keepdim=True)
-        norm = torch.linalg.vector_norm(x - mean, dim=1, keepdim=True)
-        return mean, norm * norm / x.shape[1]
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        var = torch.addcmul(norm * norm / x.shape[1], mean, mean, value=-1.0).clamp_min_(0.0)
+        return mean.double() + first, var
     x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     flat_view(x).index_fill_(0, dropped, 0.0)
     mean = x.mean(1, keepdim=True)
@@ -39,33 +42,42 @@ def _moments(x: Tensor, dropped: Tensor | None, p: float) -> tuple[Tensor, Tenso
 
 
 def add_moments_gradient_(
-    grad: Tensor, x: Tensor, grad_mean: Tensor, grad_var: Tensor, mean: Tensor, p: float, seed: int
+    grad: Tensor,
+    x: Tensor,
+    grad_mean: Tensor,
+    grad_square: Tensor,
+    mean: Tensor,
+    p: float,
+    seed: int,
 ) -> None:
-    """Add the gradient that `masked_moments` passes on to `grad`, of shape, type and strides of x.
+    """Add the gradient that passes through `masked_moments` to `grad`, of shape and strides of x.
 
-    With y = x * mask it is mask / C * (grad_mean + 2 * grad_var * (y - mean)).
+    With y = x * mask it is mask / C * (grad_mean + 2 * grad_square * y), from the gradients of the
+    means of y and y^2 over channels. Without a mask y is taken relative to `mean`, to keep digits;
+    with one, its noise is larger by far.
     """
     scale = 1.0 / (1.0 - p)
-    slope = grad_var * (2.0 * scale * scale / x.shape[1])
-    constant = grad_mean * (scale / x.shape[1])
-    if p > 0.0:  # one pass less; the mask's noise is larger by far than the digits that are lost
-        constant = constant - slope * mean * (1.0 - p)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    constant, slope = (match_memory_format(m.to(dtype), x) for m in (constant, slope))
+    if p == 0.0:
+        grad_mean = torch.addcmul(grad_mean, grad_square, mean.to(grad_square.dtype), value=2.0)
+    maps = [match_memory_format(m.to(dtype), x) for m in (grad_mean, grad_square, mean)]
     if x.device.type != "cpu":
-        added = torch.addcmul(constant, x if p > 0.0 else x - mean, slope)
-        grad += added * (dropout_mask(x, p, seed) * (1.0 - p)) if p > 0.0 else added
-        return
-    mean = match_memory_format(mean, x)
-    chunks = iter_chunks(x, grad, slope, constant, mean)
-    for tensors, dropped in zip(chunks, dropped_per_chunk(x, p, seed), strict=True):
-        given, target, slopes, constants, means = tensors
-        total = upcast(target)
-        if dropped is None:
-            total.addcmul_(given - means, slopes).add_(constants)
+        constant, slope, center = maps
+        if p > 0.0:
+            mask = dropout_mask(x, p, seed)
+            grad += torch.addcmul(constant, x * mask, slope, value=2.0) * (mask / x.shape[1])
         else:
-            kept = flat_view(total).index_select(0, dropped)
-            total.addcmul_(upcast(given), slopes).add_(constants)
+            grad += torch.addcmul(constant, x - center, slope, value=2.0) / x.shape[1]
+        return
+    chunks = iter_chunks(x, grad, *maps)
+    for tensors, dropped in zip(chunks, dropped_per_chunk(x, p, seed), strict=True):
+        given, target, constant, slope, center = tensors
+        y = given - center if dropped is None else upcast(given)
+        total = upcast(target)
+        kept = None if dropped is None else flat_view(total).index_select(0, dropped)
+        total.addcmul_(y, slope, value=2.0 * scale * scale / x.shape[1])
+        total.add_(constant, alpha=scale / x.shape[1])
+        if dropped is not None and kept is not None:
             flat_view(total).index_copy_(0, dropped, kept)
         if total is not target:
             target.copy_(total)
