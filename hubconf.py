@@ -10,9 +10,12 @@ import timm as _timm
 import torch as _torch
 
 import kn_zoo as _kn_zoo
+from kn_zoo import segmentation as _segmentation
 from kn_zoo.checkpoints import manifest as _manifest
 
 dependencies = ["torch", "timm", "safetensors", "huggingface_hub"]
+
+_SEGMENTATION = _segmentation.list_segmentation_models()
 
 
 def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
@@ -20,7 +23,10 @@ def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
         pretrained: bool = False, tag: str | None = None, **kwargs: _typing.Any
     ) -> _torch.nn.Module:
         name = f"{architecture}.{tag}" if tag else architecture
-        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+        create_model: _typing.Any = _timm.create_model
+        if architecture in _SEGMENTATION:
+            create_model = _segmentation.create_segmentation_model
+        return create_model(name, pretrained=pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture
     create.__doc__ = f"""{architecture} of kn_zoo {_kn_zoo.__version__}.
@@ -28,9 +34,15 @@ def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
     Args:
         pretrained: load a checkpoint whose SHA-256 matches the manifest.
         tag: tag of the checkpoint, by default the first.{_describe_checkpoints(architecture)}
-        kwargs: arguments of timm.create_model (num_classes, in_chans, features_only, ...).
+        kwargs: arguments of {_describe_function(architecture)}.
     """
     return create
+
+
+def _describe_function(architecture: str) -> str:
+    if architecture in _SEGMENTATION:
+        return "kn_zoo.create_segmentation_model (num_classes, norm, skips, ...)"
+    return "timm.create_model (num_classes, in_chans, features_only, ...)"
 
 
 def _describe_checkpoints(architecture: str) -> str:
@@ -38,14 +50,22 @@ def _describe_checkpoints(architecture: str) -> str:
     for checkpoint in _manifest.load().values():
         if checkpoint.architecture == architecture:
             accuracy = ", ".join(
-                f"{accuracy.top1:.2f} ({statistics})"
+                f"{_metric(accuracy)} ({statistics})"
                 for statistics, accuracy in checkpoint.reported.statistics.items()
             )
             data = f"{checkpoint.dataset.name}, {checkpoint.dataset.images:,} images"
-            lines.append(f"{checkpoint.tag}: {data}, top-1 % {accuracy}; {checkpoint.source}")
+            lines.append(f"{checkpoint.tag}: {data}, {accuracy}; {checkpoint.source}")
     return "".join(f"\n            {line}" for line in lines or ["there is none yet"])
+
+
+def _metric(accuracy: _manifest.Accuracy) -> str:
+    if scores := accuracy.segmentation:
+        return f"mIoU % {scores.miou:.2f}"
+    return f"top-1 % {accuracy.top1:.2f}"
 
 
 for _name in _timm.list_models():
     if _timm.models.model_entrypoint(_name).__module__.startswith(f"{_kn_zoo.__name__}."):
         globals()[_name] = _entry_point(_name)
+for _name in _SEGMENTATION:
+    globals()[_name] = _entry_point(_name)

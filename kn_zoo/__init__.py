@@ -17,6 +17,7 @@ from .layers import (
     freeze,
     set_inference_statistics,
 )
+from .segmentation import create_segmentation_model, list_segmentation_models
 
 __all__ = [
     "KNConv1d",
@@ -27,7 +28,9 @@ __all__ = [
     "KernelNorm3d",
     "__version__",
     "convert",
+    "create_segmentation_model",
     "freeze",
+    "list_segmentation_models",
     "models",
     "set_inference_statistics",
 ]

@@ -1,13 +1,15 @@
-"""The command ``kn-zoo``: list and describe checkpoints, download them, classify images.
+"""The command ``kn-zoo``: list, describe and download checkpoints, classify and segment images.
 
 Exit status: 0 on success; 1 if `check` finds a problem; 2 for bad usage, for files that cannot be
-found or written, or if an image could not be classified (the others were).
+found or written, or if an image could not be used (the others were).
 """
 
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,24 +27,31 @@ from torch import nn
 
 import kn_zoo
 from kn_zoo.checkpoints import bundle, files, loading, manifest, offline, upstream
-from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.checkpoints.manifest import Accuracy, Checkpoint
 from kn_zoo.command import UsageError, cli_errors, one_line, run
 from kn_zoo.evaluation import predict as evaluate
+from kn_zoo.segmentation import create_segmentation_model, list_segmentation_models, load_bundle
+from kn_zoo.segmentation import overlay as pictures
 
 __all__ = ["UsageError", "app", "main", "one_line", "run"]
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 to 60 million; decoded to RGB this is 300 MB
 MAX_ELONGATION = 50  # with a short side of 256 the long side stays below 12,800 pixels
+FUNCTIONS = {  # that create a network
+    "classification": "timm.create_model",
+    "segmentation": "kn_zoo.create_segmentation_model",
+}
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Kernel Normalized networks: list, describe and download checkpoints, classify images.",
+    help="Kernel Normalized networks: list, describe and download checkpoints, classify and "
+    "segment images.",
 )
 
 
 class UnusableImage(ValueError):
-    """An image file that cannot be classified; the message gives the reason."""
+    """An image file that cannot be used; the message gives the reason."""
 
 
 def main() -> int:
@@ -83,9 +92,13 @@ def all_models() -> dict[str, Checkpoint | None]:
     """Return the checkpoints of the manifest and the architectures that have none, by name."""
     entries: dict[str, Checkpoint | None] = dict(manifest.load())
     trained = {checkpoint.architecture for checkpoint in manifest.load().values()}
-    for name in timm.list_models():
-        ours = timm.models.model_entrypoint(name).__module__.startswith(f"{kn_zoo.__name__}.")
-        if ours and name not in trained:
+    classifiers = [
+        name
+        for name in timm.list_models()
+        if timm.models.model_entrypoint(name).__module__.startswith(f"{kn_zoo.__name__}.")
+    ]
+    for name in (*classifiers, *list_segmentation_models()):
+        if name not in trained:
             entries[name] = None
     return dict(sorted(entries.items()))
 
@@ -104,9 +117,12 @@ def columns(checkpoint: Checkpoint) -> list[str]:
     statistics = "expected" if "expected" in reported else next(iter(reported))
     note = "" if statistics == "expected" else f" ({statistics})"
     accuracy = reported[statistics]
+    top1 = f"{accuracy.top1:.2f}"
+    if scores := accuracy.segmentation:
+        top1 = f"{scores.miou:.2f} (mIoU)"
     return [
         checkpoint.dataset.name,
-        f"{accuracy.top1:.2f}{note}",
+        f"{top1}{note}",
         "" if accuracy.top5 is None else f"{accuracy.top5:.2f}{note}",
         f"{checkpoint.parameters:,}",
         manifest.gflops(checkpoint.flops),
@@ -150,8 +166,12 @@ def find_checkpoint(name: str, known: Iterable[str] = ()) -> Checkpoint:
 
 
 def describe_architecture(name: str) -> dict[str, str]:
+    task = task_of(name) or "classification"
+    create_model: Any = timm.create_model
+    if task == "segmentation":
+        create_model = create_segmentation_model
     with torch.device("meta"):  # shapes without numbers
-        model: Any = timm.create_model(name)
+        model = create_model(name)
     size = model.pretrained_cfg["input_size"]
     return {
         "network": name,
@@ -160,7 +180,7 @@ def describe_architecture(name: str) -> dict[str, str]:
         "parameters": f"{bundle.parameters(model):,}",
         "FLOPs": f"{bundle.flops(model, size):,} (one image)",
         "checkpoint": "none yet",
-        "use": f'timm.create_model("{name}")',
+        "use": f'{FUNCTIONS[task]}("{name}")',
     }
 
 
@@ -173,9 +193,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "measured on": f"{dataset.images:,} images ({dataset.split}) by {checkpoint.reported.by}",
     }
     for statistics, accuracy in checkpoint.reported.statistics.items():
-        top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.2f} %"
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
-        facts[statistics] = f"top-1 {accuracy.top1:.2f} %{top5}{draws}"
+        facts[statistics] = f"{describe_accuracy(accuracy)}{draws}"
     facts |= {
         "parameters": f"{checkpoint.parameters:,}",
         "FLOPs": f"{checkpoint.flops:,} (one image)",
@@ -189,11 +208,20 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "published at": checkpoint.upstream.source if checkpoint.upstream else "",
         "licences": f"code {licenses.code}, weights {licenses.weights}, data {licenses.data}",
         "recipe": checkpoint.recipe or "",
-        "use": f'timm.create_model("{checkpoint.name}", pretrained=True)'
-        if checkpoint.available
-        else "",
     }
+    if checkpoint.available:
+        facts["use"] = f'{FUNCTIONS[checkpoint.task]}("{checkpoint.name}", pretrained=True)'
     return {key: value for key, value in facts.items() if value}
+
+
+def describe_accuracy(accuracy: Accuracy) -> str:
+    if scores := accuracy.segmentation:
+        return (
+            f"mIoU {scores.miou:.2f} %, pixel accuracy {accuracy.top1:.2f} %, "
+            f"class accuracy {scores.class_accuracy:.2f} %"
+        )
+    top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.2f} %"
+    return f"top-1 {accuracy.top1:.2f} %{top5}"
 
 
 @app.command()
@@ -301,6 +329,63 @@ def predict(
 
 
 @app.command()
+def segment(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write the image with the colors of its classes here.")
+    ] = None,
+    label_map: Annotated[
+        Path | None, typer.Option(help="Write the classes as a palette image (PNG) here.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="architecture[.tag], or a bundle: local-dir:FOLDER. Default: the first "
+            "segmentation checkpoint that can be loaded."
+        ),
+    ] = None,
+) -> int:
+    """Print the share of each class in each image; write overlays and label maps.
+
+    With several images, --overlay and --label-map name folders. An image that cannot be used gives
+    one line on stderr; the others are segmented, and the exit status is 2.
+    """
+    network = load_segmenter(model)
+    names, palette = pictures.class_names(network), pictures.palette(network)
+    several = len(images) > 1
+    failed = 0
+    for path in images:
+        try:
+            picture = open_image(path).convert("RGB")
+        except UnusableImage as error:
+            failed += 1
+            print(one_line(f"{path}: {error}"), file=sys.stderr)
+            continue
+        labels = pictures.label_map(network, picture)
+        print(one_line(path))
+        for name, share in pictures.shares(labels, names):
+            print(f"  {share:6.2f} %  {name}")
+        if overlay:
+            save(pictures.overlay(picture, labels, palette, names), overlay, path, several)
+        if label_map:
+            save(pictures.colors(labels, palette), label_map, path, several)
+    return 2 if failed else 0
+
+
+def save(picture: Image.Image, out: Path, image: str, several: bool) -> None:
+    """Write the picture of an image."""
+    target = pictures.output_path(out, image, several)
+    if not target.suffix:
+        target = target.with_suffix(".png")
+    content = io.BytesIO()
+    picture.save(content, format=Image.registered_extensions().get(target.suffix.lower(), "PNG"))
+    with cli_errors():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(target, content.getvalue())
+    print(one_line(f"  {target}"))
+
+
+@app.command()
 def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
 ) -> int:
@@ -315,6 +400,8 @@ def demo(
 
 def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:
     """Return a model in eval mode and the names of its classes."""
+    if name and task_of(name) == "segmentation":
+        raise UsageError(f"{name} segments images: use `kn-zoo segment`")
     try:
         if name and ":" in name:
             model: Any = timm.create_model(name, pretrained=True).eval()
@@ -327,6 +414,33 @@ def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:
         raise UsageError(str(error)) from None
 
 
+def load_segmenter(name: str | None) -> nn.Module:
+    """Return a segmentation network in eval mode."""
+    known = list_segmentation_models(pretrained=True)
+    if name is None and not known:
+        raise UsageError("there is no segmentation checkpoint: name a bundle with --model")
+    if name and task_of(name) == "classification":
+        raise UsageError(f"{name} classifies images: use `kn-zoo predict`")
+    try:
+        if name and name.startswith("local-dir:"):
+            return load_bundle(name.removeprefix("local-dir:"))
+        return create_segmentation_model(name or known[0], pretrained=True).eval()
+    except (loading.WeightsError, LookupError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(str(error.args[0] if error.args else error)) from None
+
+
+def task_of(name: str) -> str | None:
+    """Return the task of a model or of the bundle ``local-dir:FOLDER``; None if it is unknown."""
+    architecture = name.partition(".")[0]
+    if name.startswith("local-dir:"):
+        with suppress(OSError, ValueError):
+            config = files.read_json(Path(name.removeprefix("local-dir:")) / loading.CONFIG)
+            architecture = str(config.get("architecture"))
+    if architecture in list_segmentation_models():
+        return "segmentation"
+    return "classification" if timm.is_model(architecture) else None
+
+
 def class_names(checkpoint: Checkpoint) -> Sequence[str]:
     if checkpoint.upstream and not checkpoint.hub:  # it has no bundle
         imagenet = ImageNetInfo()
@@ -336,7 +450,8 @@ def class_names(checkpoint: Checkpoint) -> Sequence[str]:
 
 def default_checkpoint() -> Checkpoint:
     for checkpoint in manifest.load().values():
-        if checkpoint.file and checkpoint.bundle == "package":
+        embedded = checkpoint.file and checkpoint.bundle == "package"
+        if embedded and checkpoint.task == "classification":
             return checkpoint
     raise UsageError("the package contains no checkpoint: name one with --model")
 

@@ -24,12 +24,8 @@ from kn_zoo import cli, data
 from kn_zoo.checkpoints import manifest
 from kn_zoo.evaluation.predict import eval_transform, exact_float32
 from kn_zoo.layers import KNConv2d, set_inference_statistics
-
-try:
-    from kn_zoo import segmentation  # type: ignore[attr-defined]
-    from kn_zoo.segmentation import overlay as pictures
-except ImportError:
-    segmentation = None
+from kn_zoo.segmentation import create_segmentation_model, list_segmentation_models
+from kn_zoo.segmentation import overlay as pictures
 
 STATISTICS = {
     "expected": "Expected: the mean over dropout masks",
@@ -125,7 +121,7 @@ def enlarge(picture: Image.Image) -> Image.Image:
 
 def segmenters() -> list[str]:
     """Names of the segmentation checkpoints that can be loaded."""
-    return segmentation.list_segmentation_models(pretrained=True) if segmentation else []
+    return list_segmentation_models(pretrained=True)
 
 
 def segment(path: str | None, name: str) -> Image.Image | None:
@@ -134,7 +130,7 @@ def segment(path: str | None, name: str) -> Image.Image | None:
         return None
     try:
         picture = cli.open_image(path).convert("RGB")
-        model = segmentation.create_segmentation_model(name, pretrained=True).eval()
+        model = create_segmentation_model(name, pretrained=True).eval()
     except (cli.UnusableImage, OSError, RuntimeError, ValueError) as error:
         raise gr.Error(f"This file cannot be segmented: {error}", duration=None) from None
     labels, names = pictures.label_map(model, picture), pictures.class_names(model)

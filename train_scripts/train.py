@@ -15,7 +15,6 @@ Exit status: 0 success; 2 invalid input or no disk space; 75 --minutes reached; 
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +74,7 @@ def main(
 ) -> int:
     try:
         variants = variant_names(path) if table and variant is None else [variant]
-        recipes = [override(Recipe.read(path, name), epochs, updates) for name in variants]
+        recipes = [Recipe.read(path, name).override(epochs, updates) for name in variants]
         recipe, data_config = recipes[0], DataConfig(data_dir, download)
         run_config = RunConfig(workers, save_minutes, minutes)
         folder = output or Path("runs") / (path.stem if table else recipe.name)
@@ -97,13 +96,6 @@ def main(
         print(f"train.py: {cli.one_line(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-def override(recipe: Recipe, epochs: int | None, updates: int | None) -> Recipe:
-    """Apply the options that change a recipe; a dry run evaluates one sampled draw."""
-    if epochs is not None:
-        recipe = replace(recipe, epochs=epochs)
-    return recipe if updates is None else replace(recipe, updates=updates, sampled_draws=1)
 
 
 def spread_seeds(argv: list[str]) -> list[str]:

@@ -5,7 +5,7 @@
 ``README.md``           model card
 ``recipe.yaml``         settings of the training run
 ``train_log.csv``       its metrics, one row per epoch
-``predictions.npz``     top-5 classes and logits of every image of the evaluation set
+``predictions.npz``     top-5 classes and logits, or the label map, of every evaluation image
 ``environment.txt``     versions and hardware
 
 ``config.json`` and ``README.md`` are generated from the manifest: ``python -m
@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import yaml
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from kn_zoo import __version__
-from kn_zoo.checkpoints import files, loading, manifest
+from kn_zoo.checkpoints import files, loading, manifest, networks
 from kn_zoo.checkpoints.card import card
+from kn_zoo.checkpoints.label_maps import LabelMaps
 from kn_zoo.checkpoints.loading import CONFIG
 from kn_zoo.checkpoints.manifest import WEIGHTS_FILE, Checkpoint, File
 from kn_zoo.checkpoints.predictions import NEAR_TIE, Predictions
@@ -75,6 +75,10 @@ class Bundle:
         """Return the predictions of the stored weights under the statistics ``expected``."""
         arrays = self._arrays()
         return Predictions(arrays["indices"], arrays["logits"], arrays["targets"])
+
+    def label_maps(self) -> LabelMaps:
+        """Return the label maps of a segmentation network under the statistics ``expected``."""
+        return LabelMaps.read(self.folder / PREDICTIONS)
 
     def _config(self) -> dict[str, Any]:
         path = self.folder / CONFIG
@@ -157,7 +161,7 @@ def write(
     *,
     recipe: Mapping[str, Any],
     log: Path,
-    predictions: Predictions,
+    predictions: Predictions | LabelMaps,
     class_names: Sequence[str],
     dtype: torch.dtype = torch.float32,
     seconds: float | None = None,
@@ -294,7 +298,7 @@ def refresh() -> list[Path]:
     for checkpoint in manifest.load().values():
         if not checkpoint.bundle:
             continue
-        model = timm.create_model(checkpoint.name)
+        model = networks.create(checkpoint)
         names = Bundle(checkpoint.folder).class_names
         generated = {CONFIG: config(checkpoint, model, names), CARD: card(checkpoint)}
         for name, text in generated.items():
@@ -318,7 +322,9 @@ def _stored(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def _predictions_file(predictions: Predictions) -> bytes:
+def _predictions_file(predictions: Predictions | LabelMaps) -> bytes:
+    if isinstance(predictions, LabelMaps):
+        return predictions.to_bytes()
     file = io.BytesIO()
     np.savez_compressed(
         file,

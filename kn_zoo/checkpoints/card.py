@@ -2,7 +2,7 @@
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.checkpoints.manifest import Accuracy, Checkpoint
 
 ARXIV = "2205.10089"
 PAPER = "https://openreview.net/forum?id=Uv3XVAEgG6"
@@ -16,11 +16,16 @@ CITATION = f"""@article{{nasirigerdeh2024kernelnorm,
 }}"""
 HUB_DATASETS = {"cifar100": "uoft-cs/cifar100", "imagenet-1k": "ILSVRC/imagenet-1k"}
 
+TASKS = {"classification": "image-classification", "segmentation": "image-segmentation"}
+
 
 def card(checkpoint: Checkpoint) -> str:
     """Return the model card: front matter as the Hub defines it, then the text."""
     dataset, steps = checkpoint.dataset, checkpoint.preprocessing
     size = "x".join(map(str, steps.input_size))
+    segments = checkpoint.task == "segmentation"
+    script = "train_segmentation.py" if segments else "train.py"
+    predicted, unit = ("label map", "pixel") if segments else ("top classes", "image")
     seeds, runs = ", ".join(map(str, checkpoint.seeds)), checkpoint.mean_and_sd()
     if runs:
         seeds += f" (top-1 {runs[0]:.2f} ± {runs[1]:.2f} over {len(checkpoint.runs)} seeds)"
@@ -41,13 +46,13 @@ def card(checkpoint: Checkpoint) -> str:
 
 Measured on {dataset.images:,} images ({dataset.name}, {dataset.split}) by \
 {checkpoint.reported.by}. Random seeds of the training runs: {seeds}; the results are those of the \
-first. `predictions.npz` contains the top classes of each image. To recompute them, run \
+first. `predictions.npz` contains the {predicted} of each image. To recompute them, run \
 `python eval/verify.py {checkpoint.name}`.
 
 ## Training
 
 ```console
-$ python train_scripts/train.py {checkpoint.recipe} {checkpoint.name}
+$ python train_scripts/{script} {checkpoint.recipe} {checkpoint.name}
 ```
 
 `recipe.yaml` contains the settings, `train_log.csv` the metrics of each epoch, and \
@@ -57,7 +62,7 @@ $ python train_scripts/train.py {checkpoint.recipe} {checkpoint.name}
 
 The checkpoint is made for research into normalization, for comparison with other networks, and as \
 a starting point for fine-tuning. It distinguishes the {dataset.num_classes} classes of \
-{dataset.name} and assigns one of them to every image. It has not been tested on other images, on \
+{dataset.name} and assigns one of them to every {unit}. It has not been tested on other images, on \
 adversarial images, or for bias. Do not base decisions about people on it.
 
 - Parameters: {checkpoint.parameters:,}
@@ -90,13 +95,15 @@ def use(checkpoint: Checkpoint) -> str:
     if not checkpoint.available:
         return "The weights are not stored. The recipe below trains them again."
     from_clone = checkpoint.source == "in the repository"
+    classifies = checkpoint.task == "classification"
+    registered = "`import kn_zoo` registers the network with timm. " if classifies else ""
     return f"""{"In a clone of kn_zoo" if from_clone else "With kn_zoo installed"}:
 
 ```python
 {usage(checkpoint)}
 ```
 
-`import kn_zoo` registers the network with timm. The file is loaded only if its SHA-256 matches \
+{registered}The file is loaded only if its SHA-256 matches \
 the manifest. With torch.hub, from a clone only the dependencies are needed:
 
 ```python
@@ -108,7 +115,10 @@ tag="{checkpoint.tag}")
 
 
 def usage(checkpoint: Checkpoint) -> str:
-    """Return Python code that loads the checkpoint with timm, and from the Hub if it is there."""
+    """Return Python code that loads the checkpoint, also from the Hub if it is there."""
+    if checkpoint.task == "segmentation":
+        create = f'kn_zoo.create_segmentation_model("{checkpoint.name}", pretrained=True)'
+        return f"import kn_zoo\n\nmodel = {create}.eval()"
     hub = checkpoint.hub
     names = [checkpoint.name, *([f"hf-hub:{hub.repository}"] if hub else [])]
     lines = [f'model = timm.create_model("{name}", pretrained=True).eval()' for name in names]
@@ -132,14 +142,27 @@ def introduction(checkpoint: Checkpoint) -> str:
 
 def results(checkpoint: Checkpoint) -> str:
     """Return a Markdown table of the accuracy by inference statistics."""
-    kernel = checkpoint.norm == "kernel"
-    rows = [f"| {'inference statistics' if kernel else ''} | top-1 % | top-5 % |", "|---|---|---|"]
-    for statistics, accuracy in checkpoint.reported.statistics.items():
-        top5 = "" if accuracy.top5 is None else f"{accuracy.top5:.2f}"
+    kernel, reported = checkpoint.norm == "kernel", checkpoint.reported.statistics
+    columns = list(metrics(next(iter(reported.values()))))
+    header = ["inference statistics" if kernel else "", *(f"{name} %" for name in columns)]
+    rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for statistics, accuracy in reported.items():
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
         name = statistics if kernel else "as trained"
-        rows.append(f"| {name}{draws} | {accuracy.top1:.2f} | {top5} |")
+        values = ["" if v is None else f"{v:.2f}" for v in metrics(accuracy).values()]
+        rows.append(f"| {' | '.join([name + draws, *values])} |")
     return "\n".join(rows)
+
+
+def metrics(accuracy: Accuracy) -> dict[str, float | None]:
+    """Return the percentages of an accuracy by the names that tables have for them."""
+    if scores := accuracy.segmentation:
+        return {
+            "mIoU": scores.miou,
+            "pixel accuracy": accuracy.top1,
+            "class accuracy": scores.class_accuracy,
+        }
+    return {"top-1": accuracy.top1, "top-5": accuracy.top5}
 
 
 def front_matter(checkpoint: Checkpoint) -> ModelCardData:
@@ -147,17 +170,19 @@ def front_matter(checkpoint: Checkpoint) -> ModelCardData:
     dataset, eval_results = checkpoint.dataset, []
     for statistics, accuracy in checkpoint.reported.statistics.items():
         suffix = "" if statistics == "expected" else f" ({statistics})"
-        for metric, value in (("Top-1", accuracy.top1), ("Top-5", accuracy.top5)):
+        for metric, value in metrics(accuracy).items():
             if value is not None:
-                eval_results.append(_eval_result(checkpoint, metric + suffix, value))
+                label = metric.replace("top", "Top") + suffix
+                eval_results.append(_eval_result(checkpoint, label, value))
+    task = TASKS[checkpoint.task]
     norm = f"{checkpoint.norm}-normalization"
     return ModelCardData(
         license=checkpoint.licenses.weights.lower(),
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", norm, f"arxiv:{ARXIV}"],
+        pipeline_tag=task,
+        tags=[task, "timm", norm, f"arxiv:{ARXIV}"],
         datasets=[HUB_DATASETS[dataset.name]] if dataset.name in HUB_DATASETS else None,
-        metrics=["accuracy"],
+        metrics=["mean_iou"] if checkpoint.task == "segmentation" else ["accuracy"],
         model_name=checkpoint.name,
         eval_results=eval_results,
     )
@@ -166,11 +191,11 @@ def front_matter(checkpoint: Checkpoint) -> ModelCardData:
 def _eval_result(checkpoint: Checkpoint, metric: str, value: float) -> EvalResult:
     dataset = checkpoint.dataset
     return EvalResult(
-        task_type="image-classification",
+        task_type=TASKS[checkpoint.task],
         dataset_type=HUB_DATASETS.get(dataset.name, dataset.name),
         dataset_name=dataset.name,
         dataset_split=dataset.split,
-        metric_type="accuracy",
+        metric_type="mean_iou" if metric.startswith("mIoU") else "accuracy",
         metric_name=metric,
         metric_value=value,
     )

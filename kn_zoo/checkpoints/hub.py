@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from kn_zoo.checkpoints import bundle, loading, manifest
+from kn_zoo.checkpoints import bundle, loading, manifest, networks
 from kn_zoo.checkpoints.card import card
 from kn_zoo.checkpoints.files import first_line
 from kn_zoo.checkpoints.manifest import Checkpoint, Hub
@@ -46,8 +45,8 @@ def contents(checkpoint: Checkpoint) -> dict[str, bytes]:
     stored = bundle.Bundle(folder)
     try:
         with torch.device("meta"):
-            config = bundle.config(checkpoint, timm.create_model(name), stored.class_names)
-        stored.predictions()
+            config = bundle.config(checkpoint, networks.create(checkpoint), stored.class_names)
+        stored.label_maps() if checkpoint.task == "segmentation" else stored.predictions()
         loading.read(folder / manifest.WEIGHTS_FILE, checkpoint)
     except (loading.WeightsError, OSError, ValueError, KeyError, EOFError) as error:
         raise PublishError(f"{name}: {first_line(error)}") from error

@@ -29,6 +29,7 @@ REPOSITORY = PACKAGE.parent / "checkpoints"  # larger bundles, in the repository
 _INSTALLED = PACKAGE / "weights_manifest.json"  # where a wheel puts the repository's manifest
 PATH = _INSTALLED if _INSTALLED.is_file() else PACKAGE.parent / "weights_manifest.json"
 WEIGHTS_FILE = "model.safetensors"
+FCN = "fcn_"  # prefix of the segmentation architectures
 
 # Types of fields: a string is annotated with a pattern, a number with its lowest and highest value.
 Text = Annotated[str, r"(?s).*\S.*"]
@@ -54,16 +55,27 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """Scores of label maps in percent; ``iou`` contains the classes that occur, by name."""
+
+    miou: Percent
+    class_accuracy: Percent
+    iou: Mapping[str, Percent]
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Accuracy in percent, the mean of ``draws`` passes over the data (1 unless sampled).
 
-    ``top1_sd`` is the standard deviation over the draws, None if it was not measured.
+    ``top1_sd`` is the standard deviation over the draws, None if it was not measured. A
+    ``segmentation`` network classifies pixels: its top-1 accuracy is that of the labelled pixels.
     """
 
     top1: Percent
     top5: Percent | None
     draws: Count = 1
     top1_sd: Annotated[float, (0, inf)] | None = None
+    segmentation: Segmentation | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ class Checkpoint:
     reported: Reported
     preprocessing: Preprocessing
     licenses: Licenses
-    recipe: Annotated[str, r"train_scripts/recipes/[\w.-]+\.yaml"] | None
+    recipe: Annotated[str, r"train_scripts/recipes/(segmentation/)?[\w.-]+\.yaml"] | None
     seeds: tuple[Seed, ...]
     runs: tuple[Run, ...] = ()
     # Computed from the trained model by `kn_zoo.checkpoints.bundle.write`.
@@ -204,6 +216,11 @@ class Checkpoint:
     @property
     def tag(self) -> str:
         return self.name.partition(".")[2]
+
+    @property
+    def task(self) -> str:
+        """ "classification" or "segmentation"."""
+        return "segmentation" if self.architecture.startswith(FCN) else "classification"
 
     @property
     def norm(self) -> str:
@@ -276,7 +293,8 @@ class Checkpoint:
 
 def norm_of(architecture: str, model_args: Mapping[str, Any]) -> str:
     """Return the normalization of a network: "kernel", or the ``norm`` of a baseline."""
-    return "kernel" if architecture.startswith("kn") else str(model_args.get("norm", "batch"))
+    backbone = architecture.removeprefix(FCN)
+    return "kernel" if backbone.startswith("kn") else str(model_args.get("norm", "batch"))
 
 
 def gflops(flops: int) -> str:
@@ -409,6 +427,9 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
     ):
         if not statistics:
             yield "no accuracy is given"
+        segments = checkpoint.task == "segmentation"
+        if any((accuracy.segmentation is not None) != segments for accuracy in statistics.values()):
+            yield "segmentation scores belong to fcn_* architectures, and to these only"
         if any(a.draws > 1 for name, a in statistics.items() if name != "sampled"):
             yield "only sampled statistics have several draws"
 

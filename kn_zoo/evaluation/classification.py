@@ -12,16 +12,15 @@ from math import sqrt
 from os import cpu_count
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
 from kn_zoo import data, set_inference_statistics
-from kn_zoo.checkpoints import bundle, loading
+from kn_zoo.checkpoints import bundle, loading, networks
 from kn_zoo.checkpoints.manifest import Accuracy, Checkpoint
 from kn_zoo.checkpoints.predictions import NEAR_TIE, Predictions, compare
 from kn_zoo.evaluation import predict as evaluate
-from kn_zoo.evaluation.result import Result, Score, Settings, Skipped
+from kn_zoo.evaluation.result import Result, Score, Settings
 
 DRAWS = 2  # passes under "sampled"; the images on which two differ estimate the variance of one
 DEVIATIONS = 4  # standard deviations that a "sampled" accuracy may be away from the reported one
@@ -36,14 +35,9 @@ def check(checkpoint: Checkpoint, images: data.Images, settings: Settings, resul
         WeightsError: a file of the bundle is missing or corrupt.
     """
     reported = checkpoint.reported.statistics
-    chosen = list(reported) if settings.statistics == "all" else [settings.statistics]
-    if not reported.keys() >= set(chosen):
-        raise Skipped(
-            f"no accuracy is reported under {settings.statistics} statistics: "
-            f"use --statistics {' or '.join(reported)}"
-        )
+    chosen = settings.choose(reported)
     stored, bound = stored_predictions(checkpoint)
-    model = timm.create_model(checkpoint.name, pretrained=True)
+    model = networks.create(checkpoint, pretrained=True)
     if "SHA-256" not in result.checked:
         result.checked.append("SHA-256")  # compared by whoever loads a checkpoint
     for statistics in chosen:

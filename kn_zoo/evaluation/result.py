@@ -1,5 +1,6 @@
 """Options and outcome of the verification of one checkpoint."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,13 +23,27 @@ class Settings:
     # Errors by data set and split, so that a failed download is not repeated for each checkpoint.
     missing_data: dict[tuple[str, str], Exception] = field(default_factory=dict, repr=False)
 
+    def choose(self, reported: Collection[str]) -> list[str]:
+        """Return the inference statistics to evaluate under.
+
+        Raises:
+            Skipped: no accuracy was reported under them.
+        """
+        chosen = list(reported) if self.statistics == "all" else [self.statistics]
+        if not set(reported) >= set(chosen):
+            raise Skipped(
+                f"no accuracy is reported under {self.statistics} statistics: "
+                f"use --statistics {' or '.join(reported)}"
+            )
+        return chosen
+
 
 @dataclass
 class Score:
     """Reported and recomputed accuracy in percent under one kind of inference statistics."""
 
     statistics: str
-    reported: dict[str, float | None]  # "top1", "top5"
+    reported: dict[str, float | None]  # "top1", "top5"; or "miou", "pixel_accuracy"
     recomputed: dict[str, float]
     draws: int = 1  # passes over the images, of which `recomputed` is the mean
 
@@ -45,6 +60,7 @@ class Result:
     dataset: str
     split: str
     images: int
+    task: str = "classification"
     status: str = "match"
     reasons: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)  # recomputed and compared besides `scores`
@@ -53,4 +69,6 @@ class Result:
     mismatches: list[int] = field(default_factory=list)
     reordered: list[int] = field(default_factory=list)
     near_ties: list[int] = field(default_factory=list)
+    near_tie_pixels: int = 0  # of label maps
+    reordered_pixels: int = 0
     seconds: float = 0.0

@@ -1,20 +1,21 @@
 """Verification of one trained checkpoint against its manifest entry and its bundle.
 
 The hash of the file and the numbers of parameters and FLOPs are always compared. The predictions
-are recomputed where the evaluation set is available; `kn_zoo.evaluation.classification` compares
-them.
+are recomputed where the evaluation set is available, and compared as the task requires, see
+`kn_zoo.evaluation.classification` and `kn_zoo.evaluation.segmentation`.
 """
 
 import time
+from typing import Any
 
-import timm
 import torch
 
 from kn_zoo import data
-from kn_zoo.checkpoints import bundle, loading
+from kn_zoo.checkpoints import bundle, loading, networks
 from kn_zoo.checkpoints.manifest import Checkpoint
-from kn_zoo.evaluation import classification
+from kn_zoo.evaluation import classification, segmentation
 from kn_zoo.evaluation.result import Result, Settings, Skipped
+from kn_zoo.segmentation import data as segmentation_data
 
 __all__ = ["Result", "Settings", "load_images", "verify", "wrong_counts"]
 
@@ -23,7 +24,7 @@ def verify(checkpoint: Checkpoint, settings: Settings) -> Result:
     """Verify one checkpoint. Errors of its files or data become the status of the result."""
     start = time.perf_counter()
     dataset = checkpoint.dataset
-    result = Result(checkpoint.name, dataset.name, dataset.split, dataset.images)
+    result = Result(checkpoint.name, dataset.name, dataset.split, dataset.images, checkpoint.task)
     try:
         result.reasons += wrong_counts(checkpoint)
         result.checked += ["parameters", "FLOPs"]
@@ -31,7 +32,8 @@ def verify(checkpoint: Checkpoint, settings: Settings) -> Result:
             loading.read(loading.locate(checkpoint), checkpoint)
             result.checked.append("SHA-256")
         images = load_images(checkpoint, settings)
-        classification.check(checkpoint, images, settings, result)
+        task = segmentation if checkpoint.task == "segmentation" else classification
+        task.check(checkpoint, images, settings, result)
         result.status = "mismatch" if result.reasons else "match"
     except (Skipped, data.MissingData, loading.MissingWeights) as error:
         result.status = "mismatch" if result.reasons else "skipped"
@@ -47,17 +49,12 @@ def verify(checkpoint: Checkpoint, settings: Settings) -> Result:
 
 def wrong_counts(checkpoint: Checkpoint) -> list[str]:
     """Recompute parameters and FLOPs; return a sentence for each that the manifest has wrong."""
-    input_size, classes = checkpoint.preprocessing.input_size, checkpoint.dataset.num_classes
     with torch.device("meta"):  # shapes are enough
-        model = timm.create_model(
-            checkpoint.architecture,
-            num_classes=classes,
-            in_chans=input_size[0],
-            **checkpoint.model_args,
-        )
+        model = networks.create(checkpoint)
+    flops = bundle.flops(model, checkpoint.preprocessing.input_size)
     counts = {
         "parameters": (bundle.parameters(model), checkpoint.parameters),
-        "FLOPs": (bundle.flops(model, input_size), checkpoint.flops),
+        "FLOPs": (flops, checkpoint.flops),
     }
     return [
         f"{name}: the network has {recomputed:,}, the manifest says {reported:,}"
@@ -66,7 +63,7 @@ def wrong_counts(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def load_images(checkpoint: Checkpoint, settings: Settings) -> data.Images:
+def load_images(checkpoint: Checkpoint, settings: Settings) -> Any:
     """Load the evaluation set of a checkpoint.
 
     Raises:
@@ -78,7 +75,10 @@ def load_images(checkpoint: Checkpoint, settings: Settings) -> data.Images:
     if key in settings.missing_data:
         raise settings.missing_data[key]
     try:
-        images = data.load(*key, settings.data_dir, download=settings.download)
+        if checkpoint.task == "segmentation":
+            images: Any = segmentation_data.load(*key, settings.data_dir)
+        else:
+            images = data.load(*key, settings.data_dir, download=settings.download)
     except data.MissingData as error:
         settings.missing_data[key] = error
         raise

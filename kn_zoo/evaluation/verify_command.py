@@ -36,6 +36,10 @@ from kn_zoo.evaluation.result import Result, Settings
 from kn_zoo.evaluation.verify import verify
 
 STYLES = {"match": "green", "mismatch": "bold red", "corrupt": "bold red", "skipped": "yellow"}
+METRICS = {  # of a task, as columns of a table
+    "classification": {"top1": "top-1", "top5": "top-5"},
+    "segmentation": {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
+}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -79,8 +83,8 @@ def main(
     """Verify checkpoints against the manifest and their bundles.
 
     Parameters, FLOPs and the hash of the file are always compared; accuracy and the prediction for
-    each image are recomputed where the evaluation set is available. A file whose SHA-256 differs
-    from the manifest is corrupt: it is not loaded, and the other checkpoints are verified.
+    each image or pixel are recomputed where the evaluation set is available. A file whose SHA-256
+    differs from the manifest is corrupt: it is not loaded, and the others are verified.
     """
     chosen = chosen_checkpoints(names or [], embedded, everything)
     if json and (json.is_dir() or not json.parent.is_dir()):
@@ -139,12 +143,12 @@ def report(results: list[Result], sweeps: list[Sweep]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 150)  # a file has room for a row
-    if results:
-        console.print(result_table(results))
+    for same_task in by_task(results):
+        console.print(result_table(same_task))
     for imported in sweeps:
         if imported.runs:
             console.print(sweep_table(imported))
-    lines = [summary(results)] if results else []
+    lines = [summary(same_task) for same_task in by_task(results)]
     lines += skipped([*results, *sweeps])
     for imported in sweeps:
         lines += sweep_notes(imported)
@@ -154,15 +158,23 @@ def report(results: list[Result], sweeps: list[Sweep]) -> None:
         console.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
+def by_task(results: list[Result]) -> list[list[Result]]:
+    """Group results by the task of the network."""
+    groups = [[result for result in results if result.task == task] for task in METRICS]
+    return [group for group in groups if group]
+
+
 def result_table(results: list[Result]) -> Table:
     """Make a table with one row per checkpoint and kind of inference statistics."""
+    metrics = METRICS[results[0].task]
     table = Table(box=SIMPLE_HEAD)
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("evaluated on", overflow="fold")
     table.add_column("images", justify="right")
     table.add_column("statistics")
-    for column in ("top-1 %\nreported", "recomputed", "top-5 %\nreported", "recomputed"):
-        table.add_column(column, justify="right")
+    for metric in metrics.values():
+        table.add_column(f"{metric} %\nreported", justify="right")
+        table.add_column("recomputed", justify="right")
     for column in ("near-\nties", "seconds"):
         table.add_column(column, justify="right")
     table.add_column("status")
@@ -176,7 +188,7 @@ def result_table(results: list[Result]) -> Table:
             table.add_row(
                 *(name if row == 0 else ("", "", "")),
                 score.statistics,
-                *(percent(column.get(key)) for key in ("top1", "top5") for column in columns),
+                *(percent(column.get(key)) for key in metrics for column in columns),
                 near_ties(result) if score.statistics == "expected" else "",
                 *((f"{result.seconds:.1f}", status) if row == 0 else ("", "")),
             )
@@ -184,6 +196,8 @@ def result_table(results: list[Result]) -> Table:
 
 
 def near_ties(result: Result) -> str:
+    if result.task == "segmentation":
+        return f"{result.near_tie_pixels:,} pixels ({result.reordered_pixels:,} moved)"
     moved = f" ({len(result.reordered)} moved)" if result.reordered else ""
     return f"{len(result.near_ties)}{moved}"
 
@@ -222,10 +236,11 @@ def summary(results: list[Result]) -> str:
         for result in results
         for statistics in manifest.find(result.name).reported.statistics
     }
-    accuracy = [f"top-1 and top-5 ({', '.join(sorted(evaluated))})"] if evaluated else []
+    metrics = " and ".join(METRICS[results[0].task].values())
+    accuracy = [f"{metrics} ({', '.join(sorted(evaluated))})"] if evaluated else []
     line = f"Recomputed and compared: {', '.join([*checked, *accuracy]) or 'nothing'}."
     if missing := sorted(reported - evaluated):
-        line += f" Not recomputed: top-1 and top-5 ({', '.join(missing)})"
+        line += f" Not recomputed: {metrics} ({', '.join(missing)})"
         line += "; add --statistics all." if evaluated else "."
     return line
 

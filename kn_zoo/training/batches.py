@@ -121,7 +121,7 @@ class Augmented(Dataset):
     def __init__(self, images: Any, transform: Callable, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
         epoch, position, index = key
         image, target = self.images[index]
         with seeded(derive_seed(self.seed, epoch, position)):

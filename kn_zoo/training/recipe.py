@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from typing_extensions import Self
 
 from kn_zoo.checkpoints.manifest import norm_of
 
@@ -61,7 +62,7 @@ class Recipe:
             _check_resolutions(self)
 
     @classmethod
-    def read(cls, path: Path, variant: str | None = None) -> "Recipe":
+    def read(cls, path: Path, variant: str | None = None) -> Self:
         """Read a recipe, or one of the variants of a file; raises UserError."""
         fields = _read_yaml(path)
         variants = fields.pop("variants", None)
@@ -93,7 +94,12 @@ class Recipe:
         started = [first for first in self.resolutions if first <= epoch]
         return self.resolutions[max(started)] if started else None
 
-    def with_lr(self, lr: float) -> "Recipe":
+    def override(self, epochs: int | None = None, updates: int | None = None) -> Self:
+        """Return a copy for fewer epochs or a dry run, which evaluates one sampled draw."""
+        recipe = self if epochs is None else replace(self, epochs=epochs)
+        return recipe if updates is None else replace(recipe, updates=updates, sampled_draws=1)
+
+    def with_lr(self, lr: float) -> Self:
         """Return a copy with another learning rate; the scheduler's rates keep their ratio."""
         factor = lr / self.optimizer["lr"]
         rates = {

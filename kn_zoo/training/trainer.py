@@ -107,7 +107,8 @@ class Trainer:
         training_images: Any = None,
         progress_images: Any = None,
     ) -> None:
-        self.recipe, self.folder, self.run_config = recipe, folder, run_config
+        self.recipe, self.folder = recipe, folder
+        self.data_config, self.run_config = data_config, run_config
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else CPU processes form no group
             mixed_precision=recipe.mixed_precision,
@@ -126,10 +127,15 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         with exact_float32():  # sets the defaults explicitly, which a compiled step depends on
             pass
+        self.prepare(self.load(shard, training_images, progress_images))
+
+    def load(self, shard: Shard, training_images: Any, progress_images: Any) -> nn.Module:
+        """Load the images, create the batches, and return the network."""
+        recipe = self.recipe
         train_set = training_images
         if train_set is None:
-            train_set = data.load_training(recipe, data_config)
-        self.test_set = data.load(recipe.dataset, recipe.eval_split, data_config)
+            train_set = data.load_training(recipe, self.data_config)
+        self.test_set = data.load(recipe.dataset, recipe.eval_split, self.data_config)
         self.class_names = data.class_names(self.test_set, recipe)
         network = create_model(recipe, len(self.class_names)).to(self.accelerator.device)
         if training_images is None and recipe.held_out:
@@ -141,14 +147,14 @@ class Trainer:
             recipe,
             train_set,
             network,
-            data_config,
-            run_config.workers,
+            self.data_config,
+            self.run_config.workers,
             self.accelerator.device,
             shard,
         )
         if recipe.on_device:  # decoding each epoch would take longer than training
             self.progress_set = data.InMemory(self.progress_set)
-        self.prepare(network)
+        return network
 
     def prepare(self, network: nn.Module) -> None:
         """Create optimizer, scheduler, average and loss, and pass them to Accelerate."""
@@ -184,7 +190,7 @@ class Trainer:
             with recipe_settings("mixup"):
                 self.mixup = Mixup(num_classes=classes, label_smoothing=smoothing, **recipe.mixup)
             smoothing = 0.0
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     @property
     def updates(self) -> int:
@@ -320,14 +326,8 @@ class Trainer:
         if self.by_epoch:
             self.scheduler.step(epoch + 1)
         loss = float(self.accelerator.reduce(progress.loss, "mean")) / updates
-        accuracy = self.evaluate(self.progress_set)
-        row = {
-            "epoch": epoch + 1,
-            "loss": loss,
-            "top1": accuracy.top1,
-            "top5": accuracy.top5,
-            "lr": lr,
-        }
+        metrics = self.metrics(self.evaluate(self.progress_set))
+        row = {"epoch": epoch + 1, "loss": loss, **metrics, "lr": lr}
         progress.rows.append(row)
         progress.loss = None
         self.accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=progress.updates)
@@ -342,6 +342,10 @@ class Trainer:
             self.progress.loss = self.accelerator.reduce(self.progress.loss, "mean")
         save_state(self.accelerator, self.folder, self.progress.updates)
         self.saved_at = time.monotonic()
+
+    def metrics(self, predictions: Any) -> dict[str, float]:
+        """Return the columns of the log for what `evaluate` returned."""
+        return {"top1": predictions.top1, "top5": predictions.top5}
 
     def evaluate(self, dataset: Any, progress: str | None = None) -> Predictions:
         """Predict every image once, distributed over the processes; all get all predictions."""

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from kn_zoo import list_segmentation_models
 from kn_zoo.checkpoints import manifest
 from tests.support import tiny_zoo
 from tests.support.tiny_zoo import ARCHITECTURE, NAME, Zoo
@@ -67,6 +68,7 @@ def test_torch_hub_lists_and_describes_every_model(github: str) -> None:
         for name in timm.list_models()
         if timm.models.model_entrypoint(name).__module__.startswith("kn_zoo")
     ]
+    ours += list_segmentation_models()
     assert len(ours) > 10
     assert torch.hub.list(github, trust_repo=True) == sorted(ours)
     for name in ours:
