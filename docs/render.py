@@ -59,10 +59,12 @@ def checkpoints_table() -> str:
 
 
 def headline(checkpoint: Checkpoint) -> str:
-    """Top-1 under the default statistics, or under those that the authors report."""
+    """Top-1 or mIoU under the default statistics, or under those that the authors report."""
     reported = checkpoint.reported.statistics
     if "expected" in reported:
-        return f"{reported['expected'].top1:.2f}"
+        accuracy = reported["expected"]
+        scores = accuracy.segmentation
+        return f"{scores.miou:.2f} (mIoU)" if scores else f"{accuracy.top1:.2f}"
     name, accuracy = next(iter(reported.items()))
     return f"{accuracy.top1:.2f} ({name}; reported by the {checkpoint.reported.by.split()[0]})"
 

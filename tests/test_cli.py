@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-from kn_zoo import cli, data
+from kn_zoo import cli, data, list_segmentation_models
 from kn_zoo.checkpoints import bundle, manifest
 from kn_zoo.evaluation import predict as evaluate
 from tests.support import tiny_zoo
@@ -45,6 +45,7 @@ def test_list_has_every_network_and_checkpoint(
         for name in timm.list_models()
         if timm.models.model_entrypoint(name).__module__.startswith("kn_zoo.")
     }
+    ours |= set(list_segmentation_models())
     assert set(listed) == ours - {tiny_zoo.ARCHITECTURE} | {NAME}
     assert listed == sorted(listed)
 

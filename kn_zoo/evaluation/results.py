@@ -76,7 +76,9 @@ def plot() -> list[Path]:
 
 
 def trained_here() -> list[Checkpoint]:
-    return [checkpoint for checkpoint in manifest.load().values() if checkpoint.bundle]
+    """Classifiers with a bundle."""
+    known = manifest.load().values()
+    return [c for c in known if c.bundle and c.task == "classification"]
 
 
 # Is it worth it?

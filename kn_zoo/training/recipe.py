@@ -95,7 +95,7 @@ class Recipe:
         return self.resolutions[max(started)] if started else None
 
     def override(self, epochs: int | None = None, updates: int | None = None) -> Self:
-        """Return a copy for fewer epochs or a dry run, which evaluates one sampled draw."""
+        """Return a copy with other epochs, or for a dry run, which evaluates one sampled draw."""
         recipe = self if epochs is None else replace(self, epochs=epochs)
         return recipe if updates is None else replace(recipe, updates=updates, sampled_draws=1)
 

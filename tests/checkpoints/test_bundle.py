@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm.models._hub import load_model_config_from_path
 
 from kn_zoo import cli
-from kn_zoo.checkpoints import bundle, hub, loading, manifest, offline
+from kn_zoo.checkpoints import bundle, hub, loading, manifest, networks, offline
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.checkpoints.predictions import NEAR_TIE
 from tests.support import tiny_zoo
@@ -315,7 +315,7 @@ def test_generated_files_of_the_package_are_up_to_date() -> None:
     for checkpoint in manifest.load().values():
         if checkpoint.bundle:
             stored = bundle.Bundle(checkpoint.folder)
-            model = timm.create_model(checkpoint.name)
+            model = networks.create(checkpoint)
             assert (checkpoint.folder / bundle.CARD).read_text("utf-8") == bundle.card(checkpoint)
             assert json.loads((checkpoint.folder / bundle.CONFIG).read_text("utf-8")) == json.loads(
                 bundle.config(checkpoint, model, stored.class_names)
@@ -328,12 +328,12 @@ def test_generated_files_of_the_package_are_up_to_date() -> None:
     ids=lambda entry: entry.name,
 )
 def test_a_stored_checkpoint_makes_the_network_that_was_trained(checkpoint: Checkpoint) -> None:
-    model = timm.create_model(checkpoint.name, pretrained=True)
+    model = networks.create(checkpoint, pretrained=True)
     stored = load_file(checkpoint.folder / manifest.WEIGHTS_FILE)
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, stored[key], rtol=0, atol=0, check_dtype=False)
     assert sum(p.numel() for p in model.parameters()) == checkpoint.parameters
-    given = timm.create_model(checkpoint.architecture, **checkpoint.model_args)
+    given = networks.create(checkpoint)
     assert list(given.state_dict()) == list(model.state_dict())
 
 

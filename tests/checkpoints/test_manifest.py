@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from kn_zoo import data
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle, manifest, networks
 from kn_zoo.checkpoints.manifest import Checkpoint
 from tests.support import tiny_zoo
 
@@ -191,9 +191,10 @@ def test_an_optional_object_extends_the_format() -> None:
 
 @by_name(list(manifest.load().values()))
 def test_parameters_and_flops_are_those_of_the_model(checkpoint: Checkpoint) -> None:
-    model = timm.create_model(checkpoint.name, device="meta", **checkpoint.model_args)
+    with torch.device("meta"):
+        model = networks.create(checkpoint)
     size = checkpoint.preprocessing.input_size
-    assert (model.num_classes, model.in_chans) == (checkpoint.dataset.num_classes, size[0])
+    assert model.num_classes == checkpoint.dataset.num_classes
     assert checkpoint.parameters == bundle.parameters(model)
     assert checkpoint.flops == bundle.flops(model, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -232,14 +233,21 @@ def test_every_bundle_has_an_entry_and_a_bounded_size() -> None:
 @by_name(BUNDLED)
 def test_reported_accuracy_is_that_of_the_stored_predictions(checkpoint: Checkpoint) -> None:
     stored = bundle.Bundle(checkpoint.folder)
-    predictions, reported = stored.predictions(), checkpoint.reported.statistics["expected"]
-    assert len(predictions.targets) == checkpoint.dataset.images
+    reported = checkpoint.reported.statistics["expected"]
     assert len(stored.class_names) == checkpoint.dataset.num_classes
+    if reported.segmentation:
+        maps = stored.label_maps()
+        assert len(maps.maps) == checkpoint.dataset.images
+        assert reported.top1 == pytest.approx(maps.scores.pixel_accuracy, abs=0.005)
+        assert reported.segmentation.miou == pytest.approx(maps.scores.miou, abs=0.005)
+        return
+    predictions = stored.predictions()
+    assert len(predictions.targets) == checkpoint.dataset.images
     assert reported.top1 == pytest.approx(predictions.top1, abs=0.005)
     assert reported.top5 == pytest.approx(predictions.top5, abs=0.005)
 
 
-@by_name(list(manifest.load().values()))
+@by_name([entry for entry in manifest.load().values() if entry.task == "classification"])
 def test_timm_knows_what_the_manifest_says(checkpoint: Checkpoint) -> None:
     cfg: Any = timm.get_pretrained_cfg(checkpoint.name)
     registered = {key: getattr(cfg, key) for key in ("input_size", "mean", "std", "interpolation")}

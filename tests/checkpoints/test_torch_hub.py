@@ -76,7 +76,9 @@ def test_torch_hub_lists_and_describes_every_model(github: str) -> None:
         assert text.startswith(name)
         for checkpoint in manifest.load().values():
             accuracy = next(iter(checkpoint.reported.statistics.values()))
-            mentioned = re.search(f"{checkpoint.tag}: .* {accuracy.top1:.2f} ", text) is not None
+            scores = accuracy.segmentation
+            percent = scores.miou if scores else accuracy.top1
+            mentioned = re.search(f"{checkpoint.tag}: .* {percent:.2f} ", text) is not None
             assert mentioned == (checkpoint.architecture == name)
 
 

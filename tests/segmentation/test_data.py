@@ -69,10 +69,10 @@ def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data.load("camvid", "val")
 
 
-def test_a_colour_image_is_no_label_map(tmp_path: Path) -> None:
+def test_a_color_image_is_not_a_label_map(tmp_path: Path) -> None:
     images = data.load("camvid", "val", miniatures.camvid(tmp_path))
     Image.new("RGB", (60, 45)).save(images.files[0][1])
-    with pytest.raises(MissingData, match="no label map"):
+    with pytest.raises(MissingData, match="not a label map"):
         images[0]
 
 
