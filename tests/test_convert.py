@@ -199,7 +199,8 @@ def plain_networks(draw: st.DrawFn) -> list[nn.Module]:
 def test_sequences(modules: list[nn.Module], grouped: bool) -> None:
     """No batch statistics remain, and no dense convolution if the order is known for sure."""
     converted: list[set[str]] = []
-    for kind in (nn.Sequential, Branching):
+    kinds: list[type[nn.Sequential]] = [nn.Sequential, Branching]
+    for kind in kinds:
         try:
             network = kn_zoo.convert(kind(*modules), 0.0, grouped=grouped, verbose=False)
         except ValueError as error:
