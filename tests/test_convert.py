@@ -187,8 +187,9 @@ def plain_networks(draw: st.DrawFn) -> list[nn.Module]:
             groups=groups, bias=draw(st.booleans()),
         )  # fmt: skip
         before = draw(st.booleans())
-        norm = draw(st.sampled_from([nn.BatchNorm2d, partial(nn.GroupNorm, 2)]))
-        norm_act = [norm(channels if before else width), nn.ReLU()]
+        features = channels if before else width
+        batch = draw(st.booleans())
+        norm_act = [nn.BatchNorm2d(features) if batch else nn.GroupNorm(2, features), nn.ReLU()]
         modules += [*norm_act, conv] if before else [conv, *norm_act]
         channels = width
     return [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
@@ -199,8 +200,7 @@ def plain_networks(draw: st.DrawFn) -> list[nn.Module]:
 def test_sequences(modules: list[nn.Module], grouped: bool) -> None:
     """No batch statistics remain, and no dense convolution if the order is known for sure."""
     converted: list[set[str]] = []
-    kinds: list[type[nn.Sequential]] = [nn.Sequential, Branching]
-    for kind in kinds:
+    for kind in (nn.Sequential, Branching):
         try:
             network = kn_zoo.convert(kind(*modules), 0.0, grouped=grouped, verbose=False)
         except ValueError as error:
