@@ -29,7 +29,7 @@ try:
     from kn_zoo import segmentation  # type: ignore[attr-defined]
     from kn_zoo.segmentation import overlay as pictures
 except ImportError:
-    segmentation = None
+    segmentation = None  # type: ignore[assignment]
 
 STATISTICS = {
     "expected": "Expected: the mean over dropout masks",
