@@ -187,8 +187,9 @@ def plain_networks(draw: st.DrawFn) -> list[nn.Module]:
             groups=groups, bias=draw(st.booleans()),
         )  # fmt: skip
         before = draw(st.booleans())
-        norm: Any = draw(st.sampled_from([nn.BatchNorm2d, partial(nn.GroupNorm, 2)]))
-        norm_act = [norm(channels if before else width), nn.ReLU()]
+        features = channels if before else width
+        batch = draw(st.booleans())
+        norm_act = [nn.BatchNorm2d(features) if batch else nn.GroupNorm(2, features), nn.ReLU()]
         modules += [*norm_act, conv] if before else [conv, *norm_act]
         channels = width
     return [*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
