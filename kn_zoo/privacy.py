@@ -67,8 +67,8 @@ class PrivateKNConv2d(KNConv2d):
             return self._functorch_forward(x)
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "activation checkpointing runs the layer again in the backward pass, where its first "
-                "statistics are lost: call model.set_grad_checkpointing(False)"
+                "activation checkpointing runs the layer again in the backward pass, which leaves "
+                "the statistics of its first run behind: call model.set_grad_checkpointing(False)"
             )
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(
