@@ -1,84 +1,262 @@
-"""Write anew what is generated from the manifest and the bundles: README.md's weights and where
-they are, docs/results.md and its figures.
+"""Write the generated parts of README.md and docs/: tables, one sentence on cost, figures.
 
-With --check nothing is written; the exit status is 1 if a text would be.
+    python docs/render.py            write what has changed
+    python docs/render.py --check    write nothing; exit status 1 if a text is out of date
+
+A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; docs/results.md is
+generated as a whole.
 """
 
+import ast
+import inspect
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from kn_zoo.checkpoints import manifest
+import matplotlib
+import timm
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import kn_zoo
+from kn_zoo.checkpoints import bundle, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import results
+from kn_zoo.evaluation.results import STATISTICS, table
+from kn_zoo.training.recipe import Recipe
 
-README = Path(__file__).parents[1] / "README.md"
-STATISTICS = ("expected", "plain", "sampled")
+ROOT = Path(__file__).parents[1]
+FIGURE = ROOT / "docs" / "assets" / "normalized_together.svg"
+FAMILIES = {  # the module of a network, and what it is called
+    "knresnet": "KNResNet",
+    "knpreactresnet": "KN-PreActResNet",
+    "knconvnext": "KN-ConvNeXt",
+    "kndensenet": "KN-DenseNet",
+    "knresnet_small": "KNResNet, small",
+    "resnet_cifar": "ResNet",
+}
+ORDINARY = ("resnet18", "resnet34", "resnet50", "convnext_tiny")  # timm's, to compare with
 
 
-def weights_table() -> str:
-    """Markdown table of every weight in the manifest."""
-    head = ["weight", "where", "evaluated on", "images", *STATISTICS, "parameters", "GFLOPs"]
-    rows = [[*head, "reported by"], ["---"] * 3 + ["---:"] * 6 + ["---"]]
-    rows += [weight_row(weight) for weight in manifest.load().values()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+# Checkpoints
 
 
-def where(weight: Checkpoint) -> str:
-    """Where a weight's file comes from."""
-    if weight.bundle and weight.file:
+def checkpoints_table() -> str:
+    """The five columns of README.md."""
+    rows = [
+        [
+            f"`{checkpoint.name}`",
+            f"{checkpoint.dataset.name} {checkpoint.dataset.split}",
+            headline(checkpoint),
+            f"{checkpoint.parameters:,}",
+            source(checkpoint),
+        ]
+        for checkpoint in manifest.load().values()
+    ]
+    return table("name|data|top-1 %|parameters|source", rows)
+
+
+def headline(checkpoint: Checkpoint) -> str:
+    """Top-1 under the default statistics, or under those that the authors report."""
+    reported = checkpoint.reported.statistics
+    if "expected" in reported:
+        return f"{reported['expected'].top1:.2f}"
+    name, accuracy = next(iter(reported.items()))
+    return f"{accuracy.top1:.2f} ({name}; reported by the {checkpoint.reported.by.split()[0]})"
+
+
+def source(checkpoint: Checkpoint) -> str:
+    if checkpoint.bundle and checkpoint.file:
         return "in the package"
-    if weight.hub and weight.file:
-        return f"[Hub](https://huggingface.co/{weight.hub.repository})"
-    return "imported on first use" if weight.upstream else "to train"
+    if checkpoint.hub and checkpoint.file:
+        return f"[Hub](https://huggingface.co/{checkpoint.hub.repository})"
+    return "authors, imported on first use" if checkpoint.upstream else "to be trained"
 
 
-def published() -> str:
-    """Which weights are on the Hub, which travel with the package, which are imported."""
-    weights = manifest.load().values()
-    on_hub = [f"`{w.name}` ({w.hub.id})" for w in weights if w.hub]
-    packaged = [f"`{w.name}`" for w in weights if w.bundle]
-    imported = [f"`{w.name}`" for w in weights if w.upstream]
-    unpinned = any(w.upstream and not w.file for w in weights)
-    state = "their hashes are not pinned by this project yet" if unpinned else "hashes pinned"
+def accuracies_table() -> str:
+    """Every checkpoint under every inference statistic."""
+    return table(
+        "checkpoint|images|expected|plain|sampled|top-5|GFLOPs|seeds|licence",
+        [accuracies_row(checkpoint) for checkpoint in manifest.load().values()],
+    )
+
+
+def accuracies_row(checkpoint: Checkpoint) -> list[str]:
+    reported = checkpoint.reported.statistics
+    top1 = [f"{reported[name].top1:.2f}" if name in reported else "" for name in STATISTICS]
+    top5 = next(iter(reported.values())).top5
+    return [
+        f"`{checkpoint.name}`",
+        f"{checkpoint.dataset.images:,}",
+        *top1,
+        "" if top5 is None else f"{top5:.2f}",
+        f"{checkpoint.flops / 1e9:#.3g}",
+        ", ".join(map(str, checkpoint.seeds)),
+        checkpoint.licenses.weights,
+    ]
+
+
+def sources() -> str:
+    """Which checkpoints are on the Hub, which are in the package, which are imported."""
+    checkpoints = manifest.load().values()
+    on_hub = [f"`{c.name}` ({c.hub.id})" for c in checkpoints if c.hub]
+    packaged = [f"`{c.name}`" for c in checkpoints if c.bundle]
+    imported = [f"`{c.name}`" for c in checkpoints if c.upstream]
+    unpinned = any(c.upstream and not c.file for c in checkpoints)
+    state = "this project has not pinned their hashes yet" if unpinned else "hashes are pinned"
     return "\n".join(
         [
-            f"- Published on the Hugging Face Hub: {', '.join(on_hub) or 'nothing yet'}.",
-            f"- Travel with the package and the repository: {', '.join(packaged) or 'none'}.",
+            f"- On the Hugging Face Hub: {', '.join(on_hub) or 'none yet'}.",
+            f"- In the package and the repository: {', '.join(packaged) or 'none'}.",
             f"- Imported from the authors' Google Drive on first use: {', '.join(imported)}; "
             f"{state}.",
         ]
     )
 
 
-def weight_row(weight: Checkpoint) -> list[str]:
-    accuracies = weight.reported.statistics
-    top1 = [f"{accuracies[name].top1:.2f}" if name in accuracies else "" for name in STATISTICS]
+# Networks
+
+
+def models_table() -> str:
+    """Every network of the zoo, and the ordinary ones of timm, with parameters and FLOPs."""
+    own: list[tuple[str, str]] = []
+    for name in timm.list_models():
+        package, _, module = timm.models.model_entrypoint(name).__module__.rpartition(".")
+        if package == kn_zoo.models.__name__:
+            family = FAMILIES.get(module, module)
+            own.append((family if name.startswith("kn") else family.removeprefix("KN-"), name))
+    order = [*FAMILIES.values(), "PreActResNet"]
+    own.sort(key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    rows = [model_row(family, name) for family, name in own]
+    rows += [model_row("timm, for comparison", name) for name in ORDINARY]
+    return table("family|name|input|classes|parameters|GFLOPs|norm", rows)
+
+
+def model_row(family: str, name: str) -> list[str]:
+    with torch.device("meta"):  # shapes without numbers
+        model: Any = timm.create_model(name)
+    size = model.pretrained_cfg["input_size"]
     return [
-        f"`{weight.name}`",
-        where(weight),
-        f"{weight.dataset.name} {weight.dataset.split}",
-        f"{weight.dataset.images:,}",
-        *top1,
-        f"{weight.parameters:,}",
-        f"{weight.flops / 1e9:.3g}",
-        weight.reported.by,
+        family,
+        f"`{name}`",
+        " x ".join(map(str, size)),
+        str(model.num_classes),
+        f"{bundle.parameters(model):,}",
+        f"{bundle.flops(model, size) / 1e9:#.3g}",
+        norms(name),
     ]
+
+
+def norms(name: str) -> str:
+    if name.startswith("kn"):
+        return "kernel, layer" if "convnext" in name else "kernel"
+    if name in ORDINARY:
+        return "layer" if "convnext" in name else "batch"
+    return "batch, group, layer, none"
+
+
+# Recipes
+
+
+def recipe_table() -> str:
+    """The fields of `Recipe`; what they mean is said by the comments beside them."""
+    rows = [
+        [f"`{name}`", f"`{kind}`".replace("|", "\\|"), default and f"`{default}`", meaning]
+        for name, kind, default, meaning in recipe_fields()
+    ]
+    return table("field|type|default|meaning", rows)
+
+
+def recipe_fields() -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default ("" if required) and comment of every field, from the source."""
+    source_lines = inspect.getsource(Recipe).splitlines()
+    (definition,) = ast.parse("\n".join(source_lines)).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            default = ast.unparse(node.value) if node.value else ""
+            if default.startswith("field("):
+                default = {"list": "[]", "dict": "{}"}[default.split("default_factory=")[1][:-1]]
+            _, _, meaning = source_lines[(node.end_lineno or 0) - 1].partition("  # ")
+            yield node.target.id, ast.unparse(node.annotation), default, meaning
+
+
+# Figure
+
+
+def normalized_together() -> Figure:
+    """Which numbers of a batch share one mean and variance, for four normalizations."""
+    matplotlib.rcParams["svg.hashsalt"] = "kn_zoo"  # the same file every time
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    panels: dict[str, Callable[[int, int, int, int], bool]] = {
+        "BatchNorm": lambda n, c, i, j: c == 0,
+        "LayerNorm": lambda n, c, i, j: n == 0,
+        "GroupNorm": lambda n, c, i, j: n == 0 and c < 2,
+        "Kernel normalization": lambda n, c, i, j: n == 0 and 1 <= i < 3 and 2 <= j < 4,
+    }
+    for axes, (title, together) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        axes.set_title(title, fontsize=13)
+        axes.set_aspect("equal")
+        axes.set_axis_off()
+        for image in range(2):
+            draw_image(axes, image, together)
+    return figure
+
+
+def draw_image(axes: Axes, n: int, together: Callable[[int, int, int, int], bool]) -> None:
+    """Four channels of 5 x 5 pixels, one behind the other; those normalized together in color."""
+    side, channels, step = 5, 4, 0.8
+    for c in reversed(range(channels)):
+        left, bottom = c * step + n * 9.5, c * step
+        for i in range(side):
+            for j in range(side):
+                color = "#3f51b5" if together(n, c, i, j) else "#e8eaf6"
+                cell = matplotlib.patches.Rectangle(
+                    (left + j, bottom + side - 1 - i), 1, 1, fc=color, ec="#7986cb", lw=0.6
+                )
+                axes.add_patch(cell)
+    axes.text(n * 9.5 + 2.5, -0.5, f"image {n + 1}", ha="center", va="top", fontsize=11)
+    axes.set(xlim=(-0.3, 17.5), ylim=(-1.8, 7.8))
+
+
+# Files
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "checkpoints": checkpoints_table,
+        "cost": lambda: results.cost_sentence(results.read_table(results.BENCHMARK)),
+    },
+    "docs/models.md": {"models": models_table},
+    "docs/checkpoints.md": {
+        "checkpoints": checkpoints_table,
+        "accuracies": accuracies_table,
+        "sources": sources,
+    },
+    "docs/recipe.md": {"fields": recipe_table},
+}
 
 
 def replaced(text: str, section: str, content: str) -> str:
     """`text` with what stands between the markers of `section` replaced."""
     begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
     head, _, rest = text.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise SystemExit(f"README.md has lost its markers {begin} ... {end}: restore them with git")
+    _, closed, tail = rest.partition(end)
+    if not closed:
+        raise SystemExit(f"a page has lost its markers {begin} ... {end}: restore them with git")
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
 def texts() -> dict[Path, str]:
     """What each file that is generated, or partly, has to hold."""
-    readme = replaced(README.read_text(encoding="utf-8"), "weights", weights_table())
-    return {README: replaced(readme, "published", published()), results.PAGE: results.page()}
+    pages = {results.PAGE: results.page()}
+    for name, parts in PARTS.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for section, content in parts.items():
+            text = replaced(text, section, content())
+        pages[ROOT / name] = text
+    return pages
 
 
 def main(check: bool) -> int:
@@ -88,11 +266,13 @@ def main(check: bool) -> int:
         if not path.exists() or path.read_text(encoding="utf-8") != text
     }
     if check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: run `make docs`")
         return int(bool(stale))
     for path, text in stale.items():
         manifest.write_text(path, text)
-    for path in [*stale, *results.plot()]:
-        print(f"wrote {path}")
+    for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE)]:
+        print(f"wrote {path.relative_to(ROOT)}")
     return 0
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from kn_zoo import cli
-from kn_zoo.evaluation.benchmark import app
+from kn_zoo.evaluation.benchmark_command import app
 
 if __name__ == "__main__":
     sys.exit(cli.run(app))

@@ -1,22 +1,22 @@
-"""Evaluation and training images: the data sets that weights are trained on and verified with.
+"""Data sets by name, with a fixed order of images.
 
-`load(name, split)` gives a torchvision data set of (PIL image, class id) whose `class_names` says
-what an id means and whose `transform` may be set as usual. The order of the images never changes:
-image i of a split is the same image on every machine, which is what lets a weight be compared image
-by image.
+`load(name, split)` returns a torchvision data set of (PIL image, class id). Its `class_names` map a
+class id to a name, and its `transform` can be set as usual. Image i of a split is the same image on
+every machine, so that predictions can be compared image by image.
 
-Pixels: every data set hands out 8-bit PIL images, and 8-bit images become tensors as x / 255 in
-float32 (torchvision's `to_tensor`), so the numbers a network sees are the same bits everywhere.
+All data sets return 8-bit PIL images. torchvision's `to_tensor` converts them to x / 255 in
+float32, so a network's input is bit-identical everywhere.
 
-Nothing is downloaded unless `download=True` is given. What is unpacked or downloaded goes to
-`cache_dir()`.
+Data sets are read from `data_dir()`, which contains one folder per data set:
+
+    cifar10/cifar-10-batches-py/    cifar100/cifar-100-python/    imagenet-1k/{train,val}/
 """
 
 import os
-import subprocess
-import sys
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +27,11 @@ from torchvision import datasets
 
 
 class MissingData(RuntimeError):
-    """The images of a data set are not there or not whole; the message says how to get them."""
+    """A data set is missing or incomplete; the message says how to get it."""
 
 
 class Images(Protocol):
-    """What `load` returns: (PIL image or what `transform` makes of it, class id) by index."""
+    """A data set as `load` returns it: (PIL image or the result of `transform`, class id)."""
 
     class_names: list[str]
     transform: Callable[[Image.Image], Any] | None
@@ -42,22 +42,28 @@ class Images(Protocol):
 
 SPLITS = {
     "digits": ("train", "test"),
+    "cifar10": ("train", "test"),
     "cifar100": ("train", "test"),
     "imagenet-1k": ("train", "validation"),
 }
+CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte from the server
 
 
 def load(
     name: str, split: str, root: Path | str | None = None, *, download: bool = False
 ) -> Images:
-    """The images of `split` of the data set `name` (see `SPLITS`), in their fixed order.
+    """Return the images of a split in their fixed order.
 
-    `root` is looked in first: the data set's own folder or a folder that holds one such folder per
-    data set. Without it `$KN_ZOO_DATA`, a checkout's neighbour `../shared/data` and `cache_dir()`
-    are tried in turn. `download` fetches what is missing into `root`, or else `cache_dir()`, where
-    a torchvision download exists.
+    Args:
+        name: a key of `SPLITS`.
+        split: one of the data set's splits.
+        root: folder of the data sets, or of this data set alone; by default `data_dir()`.
+        download: download CIFAR-10 or CIFAR-100 if missing; torchvision checks the MD5.
 
-    Raises `MissingData` when the images are not there, `ValueError` for an unknown name or split.
+    Raises:
+        MissingData: the images are missing, incomplete or could not be downloaded.
+        ValueError: unknown name or split.
     """
     if name not in SPLITS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(SPLITS)}")
@@ -65,41 +71,34 @@ def load(
         raise ValueError(f"{name} has no split {split!r}: choose from {', '.join(SPLITS[name])}")
     if name == "digits":
         return Digits(train=split == "train")
-    if name == "cifar100":
-        return _cifar100(split, _folders(root), download)
-    return _imagenet(split, _folders(root))
+    if root is not None and not Path(root).is_dir() and not download:
+        raise MissingData(f"{root} is not a folder: --data-dir must contain the data sets")
+    if name in CIFAR:
+        return _load_cifar(name, split, data_dir(root), download)
+    return _load_imagenet(split, data_dir(root))
+
+
+def data_dir(root: Path | str | None = None) -> Path:
+    """Return the folder of the data sets: `root`, else `$KN_ZOO_DATA`, else `cache_dir()`."""
+    chosen = root or os.environ.get("KN_ZOO_DATA")
+    return Path(chosen).expanduser() if chosen else cache_dir()
 
 
 def cache_dir() -> Path:
-    """`$KN_ZOO_CACHE`, or `kn_zoo` in `$XDG_CACHE_HOME` or `~/.cache`: where data is unpacked
-    to."""
+    """Return `$KN_ZOO_CACHE`, else `kn_zoo` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get("KN_ZOO_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "kn_zoo"
 
 
-def _folders(root: Path | str | None) -> list[Path]:
-    """Where data sets may lie, most wanted first. A `root` that was named is the only place looked
-    in."""
-    if root is not None:
-        if not Path(root).is_dir():
-            raise MissingData(f"{root} is not a folder: give the folder that holds the data sets")
-        return [Path(root)]
-    if chosen := os.environ.get("KN_ZOO_DATA"):
-        return [Path(chosen).expanduser(), cache_dir()]
-    beside_checkout = Path(__file__).resolve().parents[2] / "shared" / "data"
-    return [beside_checkout, cache_dir()]
-
-
 class Digits(datasets.VisionDataset):
-    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels, one channel (PIL mode "L"); no
-    download.
+    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels, one channel (PIL mode "L").
 
-    The grey levels 0..16 are stretched to 0..255 by (255 x + 8) // 16, so that a digit saved as a
-    PNG is the same input as the digit itself. Of each class every third image in file order (the
-    3rd, 6th, ...) is held out for the test split: 596 images against 1201, in proportion to the
-    classes, independent of any random generator. Both splits hold digits by the same writers.
+    Grey levels 0..16 are scaled to 0..255 as (255 x + 8) // 16, so a digit saved as PNG is the same
+    input as the digit itself. Every third image of each class in file order is a test image: 596
+    test and 1201 training images, stratified, independent of any random generator. Both splits
+    contain digits of the same writers.
     """
 
     def __init__(self, train: bool, transform: Callable | None = None) -> None:
@@ -108,16 +107,15 @@ class Digits(datasets.VisionDataset):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise MissingData(
-                "the digits come with scikit-learn: pip install scikit-learn"
-            ) from None
+            raise MissingData("digits require scikit-learn: pip install scikit-learn") from None
         grey, targets = load_digits(return_X_y=True)
-        rank = np.empty(len(targets), int)  # position of an image among those of its class
+        rank = np.empty(len(targets), int)  # position of an image within its class
         for digit in range(10):
             rank[targets == digit] = np.arange(np.count_nonzero(targets == digit))
-        chosen = (rank % 3 != 2) if train else (rank % 3 == 2)
-        self.data = ((255 * grey[chosen].astype(int) + 8) // 16).astype(np.uint8).reshape(-1, 8, 8)
-        self.targets = targets[chosen].tolist()
+        selected = (rank % 3 != 2) if train else (rank % 3 == 2)
+        pixels = (255 * grey[selected].astype(int) + 8) // 16
+        self.data = pixels.astype(np.uint8).reshape(-1, 8, 8)
+        self.targets = targets[selected].tolist()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -127,85 +125,78 @@ class Digits(datasets.VisionDataset):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
-def _cifar100(split: str, folders: list[Path], download: bool) -> Images:
-    """CIFAR-100 as torchvision reads it, every file checked by md5; packed strips are unpacked."""
-    tried = [place for folder in folders for place in (folder, folder / "cifar100")]
-    for place in tried:
-        if (place / "cifar-100-python").is_dir():
-            return _read_cifar100(place, split, download)
-    for place in tried:
-        if (place / "unpack.py").is_file() and (place / "test.rest.xz").is_file():
-            return _read_cifar100(_unpack(place, cache_dir() / "cifar100"), split)
-    if download:
-        return _read_cifar100(folders[-1] / "cifar100", split, download)
-    raise MissingData(
-        f"CIFAR-100 is not in {' or '.join(map(str, folders))}: name the folder that holds "
-        "cifar-100-python/ with --data-dir or $KN_ZOO_DATA, or let --download fetch it (161 MiB)"
-    )
-
-
-def _read_cifar100(root: Path, split: str, download: bool = False) -> Images:
-    try:
-        dataset = datasets.CIFAR100(root, train=split == "train", download=download)
-    except (RuntimeError, OSError) as error:  # torchvision's md5 checks; a failed download
-        if download:
-            message = f"CIFAR-100 could not be downloaded to {root} ({error}): try again"
-        else:
-            message = (
-                f"{root / 'cifar-100-python'} is incomplete or corrupt: remove it and try again"
+def _load_cifar(name: str, split: str, root: Path, download: bool) -> Images:
+    """CIFAR-10 or CIFAR-100 from the official Python files, whose MD5 torchvision checks."""
+    dataset_class: Any = CIFAR[name]
+    files = dataset_class.base_folder
+    folder = root if (root / files).is_dir() else root / name
+    if not (folder / files).is_dir():
+        if not download:
+            raise MissingData(
+                f"{name} is not in {root}: set --data-dir or KN_ZOO_DATA to the folder that "
+                f"contains {name}/{files}, or download it with --download (160 MiB)"
             )
-        raise MissingData(message) from None
+        _download_cifar(dataset_class, folder)
+    try:
+        dataset = dataset_class(folder, train=split == "train")
+    except (RuntimeError, OSError):  # a wrong MD5, an unreadable file
+        raise MissingData(
+            f"{folder / files} is incomplete or corrupt: remove it and try again"
+        ) from None
     dataset.class_names = dataset.classes
     return dataset
 
 
-def _unpack(strips: Path, target: Path) -> Path:
-    """Run the `unpack.py` beside the strips, once; the files appear in `target` whole or not."""
-    if (target / "cifar-100-python").is_dir():
-        return target
-    print(f"Unpacking CIFAR-100 from {strips} to {target} (once) ...", file=sys.stderr, flush=True)
+def _download_cifar(dataset_class: Any, folder: Path) -> None:
+    """Download and extract into `folder`, which is left as it was on failure."""
+    files = dataset_class.base_folder
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=target) as part:
-            _run_unpack(strips, part)
-            (Path(part) / "cifar-100-python").rename(target / "cifar-100-python")
-    except OSError as error:
-        if not (target / "cifar-100-python").is_dir():  # else another process was faster
-            raise MissingData(
-                f"cannot write to {target} ({error.strerror}): make room, or name another folder "
-                "with $KN_ZOO_CACHE"
-            ) from None
-    return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary,
+            _default_timeout(DOWNLOAD_TIMEOUT),
+        ):
+            dataset_class(temporary, download=True)
+            (Path(temporary) / files).rename(folder / files)
+    except (RuntimeError, OSError) as error:  # a wrong MD5; no network, no space
+        if (folder / files).is_dir():  # another process was faster
+            return
+        raise MissingData(
+            f"{dataset_class.url} could not be downloaded to {folder} "
+            f"({' '.join(str(error).split())}): check network and disk space, or copy "
+            f"{files} to {folder}"
+        ) from None
 
 
-def _run_unpack(strips: Path, out: str) -> None:
-    command = [sys.executable, str(strips / "unpack.py"), out]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise MissingData(f"{strips} cannot be unpacked ({reason}): copy that folder again")
+@contextmanager
+def _default_timeout(seconds: float) -> Iterator[None]:
+    """A time limit for sockets whose library sets none, such as torchvision's downloads."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(previous)
 
 
-def _imagenet(split: str, folders: list[Path]) -> Images:
-    """ImageNet-1k as folders named by WordNet id, classes in the sorted order of the ids (timm's
-    order)."""
+def _load_imagenet(split: str, root: Path) -> Images:
+    """ImageNet-1k from one folder per class, classes sorted by WordNet id (as in timm)."""
     info = ImageNetInfo()
     names = ("train",) if split == "train" else ("validation", "val")
-    homes = [h for f in folders for h in (f, f / "imagenet-1k", f / "imagenet")]
-    for place in (home / name for home in homes for name in names):
-        if not place.is_dir():
-            continue
-        found = sorted(entry.name for entry in place.iterdir() if entry.is_dir())
-        if found != sorted(info.label_names()):
-            raise MissingData(
-                f"{place} must hold the 1000 class folders n01440764 ... n15075141, and has "
-                f"{len(found)} folders: move each image into its class's folder"
-            )
-        dataset = datasets.ImageFolder(place)
-        dataset.class_names = [info.label_name_to_description(w) for w in dataset.classes]
-        return dataset
-    raise MissingData(
-        f"ImageNet-1k is not in {' or '.join(map(str, folders))}: get it from image-net.org "
-        "(registration), and name with --data-dir the folder that holds "
-        f"{names[-1]}/n01440764/*.JPEG ..."
-    )
+    roots = [root / "imagenet-1k", root / "imagenet", root]
+    folder = next((r / name for r in roots for name in names if (r / name).is_dir()), None)
+    if folder is None:
+        raise MissingData(
+            f"imagenet-1k is not in {root}: get it from image-net.org (registration required) and "
+            "set --data-dir or KN_ZOO_DATA to the folder that contains "
+            f"imagenet-1k/{names[-1]}/n01440764/*.JPEG ..."
+        )
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if classes != sorted(info.label_names()):
+        raise MissingData(
+            f"{folder} must contain the 1000 class folders n01440764 ... n15075141, but contains "
+            f"{len(classes)} folders: move each image to the folder of its class"
+        )
+    dataset: Any = datasets.ImageFolder(folder)
+    dataset.class_names = [info.label_name_to_description(name) for name in dataset.classes]
+    return dataset

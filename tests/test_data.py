@@ -1,12 +1,15 @@
-"""The images of a data set are the same, in the same order, everywhere, or an error is clear."""
+"""Data sets: fixed images in a fixed order, found by one rule, downloaded on request."""
 
 import hashlib
 import pickle
+import socket
 import tarfile
 import threading
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,17 +22,15 @@ from torchvision.transforms.functional import to_tensor
 from kn_zoo import data
 from kn_zoo.data import MissingData
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
 
 @pytest.fixture(autouse=True)
-def no_places_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("KN_ZOO_DATA", str(tmp_path / "data"))
 
 
 def test_the_digits_never_change() -> None:
-    """Predictions are stored by image number: another order or pixel would void them."""
+    """Stored predictions refer to images by index: order and pixels must not change."""
     digests = {}
     for split in data.SPLITS["digits"]:
         digits = data.Digits(train=split == "train")
@@ -67,162 +68,163 @@ def test_eight_bits_become_the_quotient_by_255() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "cure"),
-    [("cifar10", "test", "digits, cifar100"), ("digits", "validation", "train, test")],
+    ("name", "split", "choices"),
+    [("mnist", "test", "digits, cifar10, cifar100"), ("digits", "validation", "train, test")],
 )
-def test_unknown_names_are_told_what_there_is(name: str, split: str, cure: str) -> None:
-    with pytest.raises(ValueError, match=cure):
+def test_unknown_names_are_answered_with_the_choices(name: str, split: str, choices: str) -> None:
+    with pytest.raises(ValueError, match=choices):
         data.load(name, split)
 
 
-def fake_cifar100(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files in CIFAR-100's format with six and four images that torchvision takes for official."""
-    official = folder / "cifar-100-python"
-    official.mkdir(parents=True)
+LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
+each_cifar = pytest.mark.parametrize("name", LABELS)
+
+
+def fake_cifar(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files in the format of CIFAR with six and four images, which torchvision accepts."""
+    dataset_class: Any = data.CIFAR[name]
+    files = folder / dataset_class.base_folder
+    files.mkdir(parents=True)
     random = np.random.RandomState(0)
     for split, count in (("train", 6), ("test", 4)):
         pixels = random.randint(0, 256, (count, 3072), np.uint8)
-        content = {"data": pixels, "fine_labels": list(range(count))}
-        (official / split).write_bytes(pickle.dumps(content))
-    names = [f"class {i}" for i in range(100)]
-    (official / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
-    md5 = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in official.iterdir()}
-    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", md5["test"]]])
-    meta = {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]}
-    monkeypatch.setattr(datasets.CIFAR100, "meta", meta)
-    return folder
+        content = {"data": pixels, LABELS[name]: list(range(count))}
+        (files / split).write_bytes(pickle.dumps(content))
+    key = dataset_class.meta["key"]
+    (files / "meta").write_bytes(pickle.dumps({key: [f"class {i}" for i in range(100)]}))
+    md5 = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in files.iterdir()}
+    monkeypatch.setattr(dataset_class, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(dataset_class, "test_list", [["test", md5["test"]]])
+    meta = {"filename": "meta", "key": key, "md5": md5["meta"]}
+    monkeypatch.setattr(dataset_class, "meta", meta)
+    return files
 
 
-def test_cifar100_is_found_in_its_folder_or_among_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@each_cifar
+def test_cifar_is_read_from_the_folder_of_the_data_sets_or_its_own(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = fake_cifar100(tmp_path / "data" / "cifar100", monkeypatch)
-    for place in (root, root.parent, str(root.parent), None):
-        test = data.load("cifar100", "test", place)
+    own = fake_cifar(name, tmp_path / "data" / name, monkeypatch).parent
+    for root in (own, own.parent, str(own.parent), None):
+        test = data.load(name, "test", root)
         assert [test[i][1] for i in range(len(test))] == [0, 1, 2, 3]
         assert test.class_names[3] == "class 3"
         assert test[0][0].size == (32, 32)
-    assert len(data.load("cifar100", "train", root)) == 6
+    assert len(data.load(name, "train", own)) == 6
 
 
-def test_a_flipped_bit_of_cifar100_is_refused(
+def test_the_folder_is_the_argument_else_the_variable_else_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = fake_cifar100(tmp_path / "cifar100", monkeypatch)
-    file = root / "cifar-100-python" / "test"
-    content = bytearray(file.read_bytes())
+    assert data.data_dir("elsewhere") == Path("elsewhere")
+    assert data.data_dir() == tmp_path / "data"
+    monkeypatch.delenv("KN_ZOO_DATA")
+    assert data.data_dir() == data.cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("KN_ZOO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.data_dir() == tmp_path / "xdg" / "kn_zoo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.data_dir() == Path.home() / ".cache" / "kn_zoo"
+
+
+@each_cifar
+def test_a_flipped_bit_of_cifar_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = fake_cifar(name, tmp_path / name, monkeypatch)
+    content = bytearray((files / "test").read_bytes())
     content[500] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(MissingData, match=r"cifar-100-python is incomplete or corrupt: remove it"):
-        data.load("cifar100", "test", root)
+    (files / "test").write_bytes(content)
+    with pytest.raises(MissingData, match=f"{files} is incomplete or corrupt: remove it"):
+        data.load(name, "test", tmp_path)
 
 
-def test_what_is_missing_is_told_with_the_cure(tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match="--download fetch it"):
+def test_errors_about_missing_images_name_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match=r"KN_ZOO_DATA .*cifar100/cifar-100-python, .* --download"):
         data.load("cifar100", "test")
-    with pytest.raises(MissingData, match=r"n01440764/\*\.JPEG"):
+    with pytest.raises(MissingData, match=r"imagenet-1k/val/n01440764/\*\.JPEG"):
         data.load("imagenet-1k", "validation")
     with pytest.raises(MissingData, match="nowhere is not a folder:"):
         data.load("cifar100", "test", tmp_path / "nowhere")
 
 
-def packed(folder: Path, official: Path, then: str = "") -> Path:
-    """Strips, as far as the zoo knows them: a script beside them that writes the official files."""
-    folder.mkdir()
-    (folder / "test.rest.xz").touch()
-    (folder / "unpack.py").write_text(
-        "import shutil, sys, pathlib\n"
-        "out = pathlib.Path(sys.argv[1]) / 'cifar-100-python'\n"
-        "out.mkdir()\n"
-        f"for name in ('train', 'test', 'meta'):\n"
-        f"    shutil.copy({str(official / 'cifar-100-python')!r} + '/' + name, out)\n"
-        f"    {then}\n"
-    )
-    return folder
-
-
-def test_strips_are_unpacked_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@each_cifar
+def test_a_download_is_checked_and_complete(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strips = packed(tmp_path / "strips", fake_cifar100(tmp_path / "official", monkeypatch))
-    assert len(data.load("cifar100", "test", strips)) == 4
-    assert "Unpacking CIFAR-100 from" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "cache" / "cifar100").iterdir()] == ["cifar-100-python"]
-    assert len(data.load("cifar100", "train", strips)) == 6
-    assert capsys.readouterr().err == ""
-
-
-def test_strips_that_cannot_be_unpacked_leave_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    official = fake_cifar100(tmp_path / "official", monkeypatch)
-    strips = packed(tmp_path / "strips", official, then="assert name != 'test', 'not the official'")
-    with pytest.raises(MissingData, match=r"not the official.*: copy that folder again"):
-        data.load("cifar100", "test", strips)
-    assert list((tmp_path / "cache" / "cifar100").iterdir()) == []
-
-
-def test_a_cache_that_cannot_be_written_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    strips = packed(tmp_path / "strips", fake_cifar100(tmp_path / "official", monkeypatch))
-    (tmp_path / "cache").touch()
-    with pytest.raises(MissingData, match=r"cannot write to .*\$KN_ZOO_CACHE"):
-        data.load("cifar100", "test", strips)
-
-
-def test_download_only_when_asked_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    official = fake_cifar100(tmp_path / "official", monkeypatch)
+    dataset_class: Any = data.CIFAR[name]
+    files = fake_cifar(name, tmp_path / "official", monkeypatch)
     archive = tmp_path / "served" / "cifar.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(official / "cifar-100-python", "cifar-100-python")
+        tar.add(files, files.name)
     served = ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(archive.parent))
     )
     threading.Thread(target=served.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{served.server_port}/{archive.name}"
-    monkeypatch.setattr(datasets.CIFAR100, "url", url)
-    monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", "0" * 32)
-    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(dataset_class, "url", url)
+    monkeypatch.setattr(dataset_class, "tgz_md5", "0" * 32)
+    folder = tmp_path / "data" / name
     try:
-        with pytest.raises(MissingData, match="or let --download fetch it"):
-            data.load("cifar100", "test")
-        with pytest.raises(MissingData, match="could not be downloaded to"):
-            data.load("cifar100", "test", download=True)  # another md5
+        with pytest.raises(MissingData, match="download it with --download"):
+            data.load(name, "test")
+        assert not folder.exists()
+        with pytest.raises(MissingData, match=f"{url} could not be downloaded to {folder}"):
+            data.load(name, "test", download=True)  # another MD5
+        assert list(folder.iterdir()) == []
         md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-        monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", md5)
-        assert len(data.load("cifar100", "test", tmp_path / "data", download=True)) == 4
-        assert (tmp_path / "data" / "cifar100" / "cifar-100-python").is_dir()
+        monkeypatch.setattr(dataset_class, "tgz_md5", md5)
+        assert len(data.load(name, "test", download=True)) == 4
+        assert [path.name for path in folder.iterdir()] == [files.name]
     finally:
         served.shutdown()
         served.server_close()
+    assert len(data.load(name, "train", download=True)) == 6  # nothing left to download
 
 
-@pytest.mark.skipif(not (SHARED / "cifar100").is_dir(), reason="no CIFAR-100 beside the checkout")
-def test_the_real_cifar100_has_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KN_ZOO_DATA")
-    monkeypatch.delenv("KN_ZOO_CACHE")  # unpack into the user's cache, once
-    test = data.load("cifar100", "test")
-    assert len(test) == 10_000 and len(test.class_names) == 100
+def test_a_download_without_a_server_or_without_an_answer_fails_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = silent.getsockname()
+        monkeypatch.setattr(datasets.CIFAR100, "url", f"http://127.0.0.1:{address[1]}/cifar.tar.gz")
+        with pytest.raises(MissingData, match=r"timed out.*: check network and disk space"):
+            data.load("cifar100", "test", download=True)
+    with pytest.raises(MissingData, match=r"refused.*: check network and disk space"):
+        data.load("cifar100", "test", download=True)
+    assert socket.getdefaulttimeout() is None
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingData, match="could not be downloaded to"):
+        data.load("cifar100", "test", tmp_path / "file", download=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("cifar10", ["cat", "ship", "ship"]), ("cifar100", ["mountain", "forest", "seal"])],
+)
+def test_the_real_test_images_have_their_classes(
+    name: str, first: list[str], dataset_folder: Callable[[str], Path]
+) -> None:
+    test = data.load(name, "test", dataset_folder(name))
+    classes = len(test.class_names)
+    assert len(test) == 10_000 and classes == int(name.removeprefix("cifar"))
     targets = [test[i][1] for i in range(len(test))]
-    assert np.bincount(targets).tolist() == [100] * 100
-    assert [test.class_names[i] for i in targets[:3]] == ["mountain", "forest", "seal"]
+    assert np.bincount(targets).tolist() == [10_000 // classes] * classes
+    assert [test.class_names[i] for i in targets[:3]] == first
 
 
 def test_imagenet_is_ordered_by_wordnet_id(tmp_path: Path) -> None:
     info = ImageNetInfo()
-    place = tmp_path / "imagenet" / "val"
+    folder = tmp_path / "imagenet" / "val"
     for synset in info.label_names():
-        (place / synset).mkdir(parents=True)
-        Image.new("RGB", (4, 3)).save(place / synset / "image.JPEG")
+        (folder / synset).mkdir(parents=True)
+        Image.new("RGB", (4, 3)).save(folder / synset / "image.JPEG")
     for root in (tmp_path, tmp_path / "imagenet"):
         images = data.load("imagenet-1k", "validation", root)
         assert [images[i][1] for i in range(len(images))] == list(range(1000))
         assert images.class_names[0] == info.index_to_description(0) == "tench, Tinca tinca"
-    (place / "n01440764").rename(place / "tench")
-    with pytest.raises(MissingData, match="must hold the 1000 class folders"):
+    (folder / "n01440764").rename(folder / "tench")
+    with pytest.raises(MissingData, match="must contain the 1000 class folders"):
         data.load("imagenet-1k", "validation", tmp_path)

@@ -1,4 +1,4 @@
-"""What README.md says is what the manifest says, and its examples run."""
+"""Generated parts of the documentation are up to date, and its examples run."""
 
 import re
 import subprocess
@@ -7,17 +7,76 @@ from pathlib import Path
 
 import pytest
 
+from kn_zoo.evaluation import results
+
 ROOT = Path(__file__).parents[1]
-
-from kn_zoo.evaluation import results  # noqa: E402
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if ".pth" not in code]
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")
+}
+# the code of a page, in one piece, because later blocks use names of earlier ones
+EXAMPLES = {
+    page: blocks
+    for page, text in PAGES.items()
+    if (blocks := re.findall(r"```python\n(.*?)```", text, re.S))
+}
+NEEDS_NETWORK = re.compile(r'"knresnet\d+", pretrained=True|\.pth')
+RECIPE = {
+    "model_args": {"depths": [1, 1, 1]},
+    "dataset": "cifar100",
+    "train_split": "train",
+    "held_out": 0.1,
+}
 
 
 def test_generated_parts_are_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "docs/render.py", "--check"])
     assert done.returncode == 0, "run `make docs`"
+
+
+def test_check_finds_a_stale_page(tmp_path, monkeypatch):
+    page = tmp_path / "results.md"
+    page.write_text("stale", encoding="utf-8")
+    monkeypatch.setattr(results, "PAGE", page)
+    assert results.page() != page.read_text(encoding="utf-8")
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_run(page, monkeypatch, tmp_path):
+    if page == "docs/deployment.md":
+        pytest.importorskip("onnxruntime")
+        monkeypatch.chdir(tmp_path)  # it writes files
+    else:
+        monkeypatch.chdir(ROOT)
+    code = "\n".join(block for block in EXAMPLES[page] if not NEEDS_NETWORK.search(block))
+    exec(compile(code, page, "exec"), {})
+
+
+def test_readme_shows_the_output_of_its_first_example(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, shown = re.search(r"```python\n(.*?)```\s*```\n(.*?)```", README, re.S).groups()
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
+def test_files_that_are_named_exist():
+    links = re.findall(r"\]\(([^)#:]+)[)#]", README)
+    named = [
+        path
+        for text in PAGES.values()
+        for path in re.findall(r"\b(?:train_scripts|eval|tests|docs)/[\w/.-]+\.\w+", text)
+    ]
+    assert len(links) >= 10 and len(named) >= 20
+    assert [path for path in [*links, *named] if not (ROOT / path).exists()] == []
+
+
+def test_every_recipe_file_is_described():
+    recipes = {path.name for path in (ROOT / "train_scripts" / "recipes").glob("*.yaml")}
+    assert {name for name in recipes if name not in PAGES["docs/training.md"]} == set()
 
 
 def test_runs_are_averaged_by_norm_and_batch_size():
@@ -29,21 +88,32 @@ def test_runs_are_averaged_by_norm_and_batch_size():
         for norm, size, top1 in runs
     ]
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    text = "\n".join(results.small_batch_section(rows, machine))
+    text = "\n".join(results.small_batch_section(rows, RECIPE, machine))
     assert "| 2 | 30.5 (0.7) | 10.5 (0.7) | 0.002 / 0.002 |" in text
     assert "| 256 | 20.5 (0.7) | 21.0 (0.7) | 0.256 / 0.256 |" in text
-    assert "seeds 0 and 1" in text and "kernel +10.0, BatchNorm -10.5" in text
-    assert "kernel at 2, BatchNorm at 256" in text
+    assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
+    answer = results.most_accurate([], rows)
+    assert "kernel normalization at batch size 2; BatchNorm at batch size 256." in answer
     assert len(results.small_batch(rows).axes[0].lines) == 2 * (1 + 2)
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.split("\n")[0])
-def test_examples_run(code, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})
+def benchmark_rows(**milliseconds: str) -> list[dict[str, str]]:
+    setting = {"model": "knresnet18", "task": "infer", "mode": "eager", "dtype": "float32"}
+    return [setting | {"line": line, "samples_ms": ms} for line, ms in milliseconds.items()]
 
 
-def test_files_that_are_linked_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) >= 3
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_time_ratios_are_medians_over_rounds():
+    rows = benchmark_rows(floor="10 20 10", ours="11 24 13", namesake="", batch="9 9")
+    setting = ("knresnet18", "infer", "eager")
+    assert results.time_ratio(rows, setting, "ours") == pytest.approx(1.2)
+    assert results.time_ratio(rows, setting, "namesake") is None
+    assert results.time_ratio(rows, setting, "group") is None
+    assert results.measured(rows) == [setting] and results.measured(rows, "train") == []
+
+
+def test_the_sentence_on_cost_is_that_of_the_table():
+    rows = results.read_table(results.BENCHMARK)
+    table = [results.cost_row(rows, setting) for setting in results.measured(rows)]
+    numbers = {cell for row in table for cell in row[3:]}
+    stated = re.findall(r"\d\.\d\d", results.cost_sentence(rows))
+    assert len(stated) == 10 and set(stated) <= numbers

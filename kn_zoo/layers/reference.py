@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kn_conv import KNConv2d
+from .modules import KNConv2d
 
 
 class ReferenceKNConv2d(KNConv2d):

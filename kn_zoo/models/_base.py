@@ -1,21 +1,22 @@
-"""What the networks of the zoo share: stem, stages, norm, head, behind timm's model interface."""
+"""Parts shared by the networks: layer factory, stem, stage, and timm's model interface."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from timm.layers import ClassifierHead, get_act_layer, register_notrace_function
+from timm.layers import ClassifierHead, DropPath, get_act_layer
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from kn_zoo.layers import KNConv2d
+from kn_zoo.layers import KernelNorm2d, KNConv2d
 
 ActLayer = str | type[nn.Module]
 Features = list[dict[str, Any]]
 
 
-@register_notrace_function
+@torch.fx.wrap
 def check_size(x: Tensor, minimum: int) -> Tensor:
     """Return x (N, C, H, W), or raise a ValueError if H or W is below `minimum`."""
     height, width = x.shape[-2], x.shape[-1]
@@ -28,7 +29,7 @@ def check_size(x: Tensor, minimum: int) -> Tensor:
 
 
 def activation(act_layer: ActLayer) -> type[nn.Module]:
-    """The class that timm knows by this name; a ValueError names a wrong one."""
+    """Return the activation class that timm registers under this name, or raise a ValueError."""
     try:
         return get_act_layer(act_layer)
     except KeyError:
@@ -37,16 +38,77 @@ def activation(act_layer: ActLayer) -> type[nn.Module]:
         ) from None
 
 
-def fused(conv: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A convolution and the activation of its output: a KNConv2d takes a ReLU upon itself."""
-    if isinstance(conv, KNConv2d) and type(act) is nn.ReLU:
-        conv.relu = True
-        return conv, nn.Identity()
-    return conv, act
+class Layers(Protocol):
+    """The layers that a residual network is built from, with or without kernel normalization."""
+
+    def conv(self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any) -> nn.Module:
+        """Return a convolution; `geometry` is stride, padding and dilation."""
+
+    def norm_act(self, channels: int) -> nn.Module:
+        """Return what precedes a convolution: a norm of `channels` channels and an activation."""
+
+    def conv_norm_act(
+        self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return a convolution, and the norm and activation of its output."""
+
+
+@dataclass(frozen=True)
+class KNLayers:
+    """Kernel-normalized layers of one network, all with the same settings.
+
+    A KNConv2d normalizes its own input, so `norm_act` is the activation alone.
+    """
+
+    act_layer: ActLayer
+    dropout_p: float
+    inference_statistics: str
+    dropout: str
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    def conv(
+        self, in_chs: int, out_chs: int, kernel_size: int, *, relu: bool = False, **geometry: Any
+    ) -> KNConv2d:
+        """Return a KNConv2d, which computes the ReLU of its output too if `relu`."""
+        return KNConv2d(
+            in_chs,
+            out_chs,
+            kernel_size,
+            **geometry,
+            dropout_p=self.dropout_p,
+            inference_statistics=self.inference_statistics,
+            dropout=self.dropout,
+            relu=relu,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def act(self) -> nn.Module:
+        return activation(self.act_layer)()
+
+    def norm(self, dropout_factor: float, max_dropout_p: float) -> KernelNorm2d:
+        """Return a KernelNorm of single pixels, with `dropout_factor` times the layers' dropout."""
+        return KernelNorm2d(
+            dropout_p=min(dropout_factor * self.dropout_p, max_dropout_p),
+            inference_statistics=self.inference_statistics,
+            dropout=self.dropout,
+        )
+
+    def norm_act(self, channels: int) -> nn.Module:
+        return self.act()
+
+    def conv_norm_act(
+        self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return a KNConv2d and the activation after it: Identity if that is a ReLU."""
+        relu = activation(self.act_layer) is nn.ReLU
+        conv = self.conv(in_chs, out_chs, kernel_size, relu=relu, **geometry)
+        return conv, nn.Identity() if relu else self.act()
 
 
 def init_weights(module: nn.Module) -> None:
-    """Kaiming normal (fan out, ReLU) for convolutions, zero biases: as in the published code."""
+    """Apply the published initialization: Kaiming normal (fan out, ReLU) weights, zero biases."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -54,46 +116,54 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
+def drop_path(rate: float) -> nn.Module:
+    """Return stochastic depth of this rate."""
+    return DropPath(rate) if rate else nn.Identity()
+
+
 def resnet_stem(
-    conv: Callable[..., nn.Module], in_chans: int, chs: int, small: bool
+    layers: Layers, in_chans: int, chs: int, small: bool
 ) -> tuple[nn.Module, nn.Module | None, Features]:
-    """Stem, pool, and feature of the stem: a 3x3, or 7x7 of stride 2 with a max pool after it."""
+    """Return stem, pool and the stem's feature info.
+
+    The stem is a 3x3 convolution if `small`, otherwise 7x7 with stride 2 before a max pool.
+    """
     if small:
-        return conv(in_chans, chs, 3, padding=1), None, []
-    stem = conv(in_chans, chs, 7, stride=2, padding=3)
+        return layers.conv(in_chans, chs, 3, padding=1), None, []
+    stem = layers.conv(in_chans, chs, 7, stride=2, padding=3)
     pool = nn.MaxPool2d(3, stride=2, padding=1)
     return stem, pool, [dict(num_chs=chs, reduction=2, module="stem")]
 
 
-class Scale(NamedTuple):
-    """How a stage comes to its resolution: by stride 2, or by dilation in its place."""
+class StageGeometry(NamedTuple):
+    """Stride and dilation of a stage, and its reduction."""
 
-    stride: int
-    first_dilation: int  # of the layers up to the one that would stride
+    stride: int  # 2, or 1 where dilation replaces it
+    first_dilation: int  # of the layers up to and including the strided one
     dilation: int  # of the layers after it
-    reduction: int  # input pixels a pixel
+    reduction: int  # input pixels per pixel of the stage's map
 
 
-def scales(reduction: int, stages: int, output_stride: int) -> list[Scale]:
-    """Halve the resolution before each stage but the first, as far as `output_stride` allows.
+def stage_geometries(reduction: int, stages: int, output_stride: int) -> list[StageGeometry]:
+    """Halve the resolution before each stage but the first until it reaches `output_stride`.
 
-    Where it stops, dilation doubles instead and maps keep their size. If the input is a multiple of
-    the reduction, the strided network's values are at every second pixel, every fourth, and so on.
+    Later stages double the dilation instead of striding. If the input size is a multiple of the
+    reduction, the strided network's maps are the dilated maps at every second, fourth, ... pixel.
     """
     if output_stride < reduction or output_stride & (output_stride - 1):
         raise ValueError(f"output_stride={output_stride}: use a power of two from {reduction} up")
-    found = [Scale(1, 1, 1, reduction)]
-    while len(found) < stages:
-        dilation, reduction = found[-1].dilation, found[-1].reduction
+    geometries = [StageGeometry(1, 1, 1, reduction)]
+    while len(geometries) < stages:
+        dilation, reduction = geometries[-1].dilation, geometries[-1].reduction
         if reduction < output_stride:
-            found.append(Scale(2, dilation, dilation, 2 * reduction))
+            geometries.append(StageGeometry(2, dilation, dilation, 2 * reduction))
         else:
-            found.append(Scale(1, dilation, 2 * dilation, reduction))
-    return found
+            geometries.append(StageGeometry(1, dilation, 2 * dilation, reduction))
+    return geometries
 
 
 class DilatedMaxPool2d(nn.Module):
-    """What `nn.MaxPool2d(2)` becomes if it must not stride: 2x2 pixels `dilation` apart."""
+    """`nn.MaxPool2d(2)` with dilation in place of its stride; the map keeps its size."""
 
     def __init__(self, dilation: int) -> None:
         super().__init__()
@@ -101,17 +171,17 @@ class DilatedMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         d = self.dilation
-        x = nn.functional.pad(x, (0, d, 0, d), value=float("-inf"))  # a max over what is there
+        x = nn.functional.pad(x, (0, d, 0, d), value=float("-inf"))  # never the maximum
         return nn.functional.max_pool2d(x, 2, stride=1, dilation=d)
 
 
-def max_pool(stride: int, dilation: int) -> nn.Module:
-    """2x2 max pooling by stride 2, or by dilation in its place."""
-    return nn.MaxPool2d(2) if stride == 2 else DilatedMaxPool2d(dilation)
+def max_pool(stride: int, dilation: int, ceil_mode: bool = False) -> nn.Module:
+    """Return 2x2 max pooling with stride 2, or with `dilation` if the stride is 1."""
+    return nn.MaxPool2d(2, ceil_mode=ceil_mode) if stride == 2 else DilatedMaxPool2d(dilation)
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, after what leads there from the stage before."""
+    """Optional downsampling, then blocks of one resolution."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None) -> None:
         super().__init__()
@@ -129,9 +199,10 @@ class Stage(nn.Module):
 class StagedNetwork(nn.Module):
     """stem -> pool -> stages -> neck -> norm -> head.
 
-    `feature_info` lists one map a resolution: the stem's, if a pool follows it, and each stage's. A
-    map is taken before the next stage's downsampling, so that it is the last of its resolution.
-    `min_size` is the smallest input side, in pixels, for the stages, `neck_min_size` for the neck.
+    `feature_info` lists one map for each resolution: the stem's if a pool follows it, and each
+    stage's. A map is taken before the next stage's downsampling, so it is the last of its
+    resolution. `min_size` is the smallest height and width of an image that the stages accept,
+    `neck_min_size` the smallest that the neck accepts, in pixels.
     """
 
     def __init__(
@@ -189,17 +260,40 @@ class StagedNetwork(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the last linear layer."""
         return self.head.get_submodule("fc")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier (0 classes: none); None keeps the pooling, "" removes it."""
+        """Replace the classifier and the pooling; 0 classes and "" remove them, None keeps it."""
         like = next(self.parameters())
         self.num_classes = num_classes
         head: Any = self.head
         head.reset(num_classes, global_pool)
         head.to(device=like.device, dtype=like.dtype).train(self.training)
         self._set_widths(self.num_features)
+
+    def forward_maps(self, x: Tensor, indices: list[int], norm: bool = False) -> list[Tensor]:
+        """Return the maps at the non-negative `indices` of images (N, C, H, W)."""
+        return self._run_stages(check_size(x, self.min_size), indices, max(indices), norm)[1]
+
+    def _run_stages(
+        self, x: Tensor, indices: list[int], last: int, norm: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return map `last` of `feature_info` and the maps at `indices`."""
+        maps: list[Tensor] = []
+        x = self.stem(x)
+        if self.stem_maps == 1 and 0 in indices:
+            maps.append(x)
+        x = self.pool(x)
+        index = self.stem_maps - 1
+        for stage in self.stages:
+            index += 1
+            if index <= last:
+                x = stage(x)
+                if index in indices:
+                    final = norm and index == self.stem_maps + len(self.stages) - 1
+                    maps.append(self.norm(x) if final else x)
+        return x, maps
 
     def forward_intermediates(
         self,
@@ -210,46 +304,33 @@ class StagedNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of `feature_info`, and the output of `forward_features` unless `intermediates_only`.
+        """Return the output of `forward_features` (unless `intermediates_only`) and a list of maps.
 
         Args:
             x: images (N, C, H, W).
-            indices: which maps; all if None, the last n if an int.
+            indices: indices of `feature_info`; None selects all, an int the last n.
             norm: apply the final norm to the last stage's map.
-            stop_early: skip the stages after the last map asked for.
-            output_fmt: "NCHW", the only one.
+            stop_early: skip the stages after the last selected map.
+            output_fmt: "NCHW".
             intermediates_only: return the list of maps alone.
         """
         if output_fmt != "NCHW":
             raise ValueError("maps are NCHW: use output_fmt='NCHW'")
-        intermediates: list[Tensor] = []
-        first = self.stem_maps
-        take_indices, max_index = feature_take_indices(first + len(self.stages), indices)
-
-        x = self.stem(check_size(x, self.min_size if intermediates_only else self.neck_min_size))
-        if first == 1 and 0 in take_indices:
-            intermediates.append(x)
-        x = self.pool(x)
-        last = first + len(self.stages) - 1
-        if torch.jit.is_scripting() or not stop_early:  # a script cannot slice a Sequential
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1 - first]
-        index = first - 1
-        for index, stage in enumerate(stages, start=first):
-            x = stage(x)
-            if index in take_indices:
-                intermediates.append(self.norm(x) if norm and index == last else x)
+        x = check_size(x, self.min_size if intermediates_only else self.neck_min_size)
+        stages = self.stem_maps + len(self.stages)
+        take_indices, max_index = feature_take_indices(stages, indices)
+        last = max_index if stop_early else stages - 1
+        x, maps = self._run_stages(x, take_indices, last, norm)
         if intermediates_only:
-            return intermediates
-        if index == last:
+            return maps
+        if last == stages - 1:
             x = self.norm(self.neck(x))
-        return x, intermediates
+        return x, maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps at `indices` do not need; returns them as non-negative numbers."""
+        """Remove modules that the maps at `indices` do not need; return non-negative indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         ends_early = max_index < len(self.feature_info) - 1
         self.stages = self.stages[: max_index + 1 - self.stem_maps]
@@ -257,7 +338,7 @@ class StagedNetwork(nn.Module):
             self.pool = nn.Identity()
         if prune_norm or ends_early:
             self.norm = nn.Identity()
-        if prune_norm or prune_head or ends_early:  # the neck exists for the head
+        if prune_norm or prune_head or ends_early:  # only the head uses the neck
             self.neck = nn.Identity()
             self.neck_min_size = self.min_size
             self._set_widths(self.feature_info[max_index]["num_chs"])
@@ -266,22 +347,33 @@ class StagedNetwork(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) to normalized, activated maps (N, num_features, h, w)."""
+        """Return normalized, activated maps (N, num_features, h, w) of images (N, C, H, W)."""
         x = self.stem(check_size(x, self.neck_min_size))
         x = self.stages(self.pool(x))
         return self.norm(self.neck(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Maps to logits (N, num_classes), or to what the classifier sees."""
+        """Return logits (N, num_classes) of maps, or the classifier's input if `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
+class FeatureMaps(FeatureGetterNet):
+    """List of feature maps of a StagedNetwork, for `features_only=True`.
+
+    timm's FeatureGetterNet calls `forward_intermediates`, whose Union of return types TorchScript
+    rejects.
+    """
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.model.forward_maps(x, self.out_indices, self.norm)  # type: ignore[operator]
+
+
 def classifier_head(
     num_features: int, num_classes: int, global_pool: str, drop_rate: float, dd: dict[str, Any]
 ) -> ClassifierHead:
-    """timm's pooling, dropout and linear layer."""
+    """Return timm's pooling, dropout and linear layer, moved to the device and dtype in `dd`."""
     head = ClassifierHead(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-    return head.to(**dd)  # only newer timm takes a device in the constructor
+    return head.to(**dd)  # older timm has no device argument

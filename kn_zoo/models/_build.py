@@ -1,4 +1,4 @@
-"""From an entry point to a model: timm's builder, and its default cfgs from the manifest."""
+"""Build a model with timm's builder; default cfgs from the manifest."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -11,6 +11,8 @@ from torch import nn
 
 from kn_zoo.checkpoints import loading, manifest
 
+from ._base import FeatureMaps
+
 IMAGENET = dict(
     input_size=(3, 224, 224),
     num_classes=1000,
@@ -19,7 +21,7 @@ IMAGENET = dict(
     interpolation="bilinear",
     crop_pct=0.875,
 )
-# Kernel-normalized networks see small images in [0, 1], without mean and deviation.
+# Kernel-normalized networks take small images in [0, 1], without mean and std.
 CIFAR = dict(
     input_size=(3, 32, 32),
     num_classes=100,
@@ -30,7 +32,7 @@ CIFAR = dict(
 )
 CIFAR_MEAN_STD = dict(CIFAR, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
-StateDict = dict[str, Any]  # of tensors; a checkpoint may hold it under "model"
+StateDict = dict[str, Any]  # tensors, or {"model": tensors, ...} as the authors store it
 Cfgs = dict[str, dict[str, Any] | PretrainedCfg]
 
 
@@ -44,10 +46,10 @@ def build(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     **kwargs: Any,
 ) -> nn.Module:
-    """Build `variant` as timm does, with its weights checked before a tensor of them is read.
+    """Build `variant` as timm does, and verify a checkpoint before reading its tensors.
 
-    `defaults` are arguments of the network that a weight may have been trained without.
-    `features_only=True` takes its maps from `forward_intermediates`: one code path for both.
+    `defaults` are arguments of the network that the checkpoint's own arguments override.
+    `features_only=True` returns `FeatureMaps` unless `feature_cfg` names another `feature_cls`.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
@@ -60,20 +62,20 @@ def build(
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=pretrained_filter_fn,
-        feature_cfg=dict(feature_cls="getter", **(feature_cfg or {})),
+        feature_cfg={"feature_cls": FeatureMaps, **(feature_cfg or {})},
         **{**defaults, **kwargs},
     )
-    for module in model.modules():  # also the network that a features wrapper holds
-        # a model must not keep a second copy of its weights
+    for module in model.modules():  # includes the network inside a features wrapper
+        # Do not keep a second copy of the tensors.
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 
 
 def _read_pickle(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Replace a torch pickle named by `file` by its tensors, without running what a pickle can run.
+    """Replace a torch pickle named by `file` with its tensors, without executing pickled code.
 
-    timm of older releases unpickles a `file` in full. The paper's checkpoints hold an
-    argparse.Namespace beside the tensors: that one class is allowed, nothing else.
+    Older timm unpickles a `file` without restriction. The paper's checkpoints hold an
+    argparse.Namespace beside the tensors; no other class is allowed.
     """
     file = str((overlay or {}).get("file") or "")
     if not file or file.endswith(".safetensors"):
@@ -83,18 +85,18 @@ def _read_pickle(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def cfgs(architecture: str, last_map: Callable[[int], int], **defaults: Any) -> Cfgs:
-    """timm default cfgs of one architecture and all its weights in the manifest.
+    """Return timm default cfgs of an architecture and of its checkpoints in the manifest.
 
-    `last_map` gives the side of the last feature map for an input side, both in pixels.
+    `last_map` maps the side of the input to the side of the last feature map, both in pixels.
     """
-    found = manifest.pretrained_cfgs(architecture, **defaults)
-    for cfg in found.values():
+    cfgs_by_name = manifest.pretrained_cfgs(architecture, **defaults)
+    for cfg in cfgs_by_name.values():
         cfg["pool_size"] = tuple(last_map(side) for side in cfg["input_size"][1:])
-    return dict(found)
+    return dict(cfgs_by_name)
 
 
 def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Stochastic depth's rates, a list a stage: 0 at the first block, `last` at the last."""
-    # "cpu", because under a meta device context a tensor has no values.
+    """Return a list of stochastic depth rates per stage, from 0 (first block) to `last`."""
+    # On the CPU, because meta tensors have no values.
     rates = torch.linspace(0, last, sum(depths), device="cpu")
     return [stage.tolist() for stage in rates.split(depths)]

@@ -1,36 +1,45 @@
-"""KN-ConvNeXt-Tiny: ConvNeXt with kernel normalization where it downsamples.
+"""KN-ConvNeXt-Tiny: ConvNeXt with kernel-normalized downsampling.
 
-Between stages, LayerNorm and a 2x2 convolution of stride 2 become ReLU and a KNConv2d of that
-shape; blocks, stem and head keep their LayerNorm (Liu et al., A ConvNet for the 2020s, 2022).
+A ReLU and a KNConv2d replace the LayerNorm and the 2x2 convolution of stride 2 between stages.
+Blocks, stem and head keep their LayerNorm (Liu et al., A ConvNet for the 2020s, 2022).
 """
 
 import re
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm2d, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
-from kn_zoo.layers import KNConv2d
-
-from ._base import ActLayer, Features, Stage, StagedNetwork, activation, scales
+from ._base import (
+    ActLayer,
+    Features,
+    KNLayers,
+    Stage,
+    StagedNetwork,
+    StageGeometry,
+    stage_geometries,
+)
 from ._build import IMAGENET, StateDict, build, cfgs, drop_path_rates
 
 __all__ = ["KNConvNeXt"]
 
 
 class KNConvNeXt(StagedNetwork):
-    """Kernel-normalized ConvNeXt; maps halve from stage to stage, rounded down.
+    """Kernel-normalized ConvNeXt. Each stage halves the map, rounding down.
 
     Args:
-        depths: blocks a stage.
+        depths: number of blocks in each stage.
         dims: channels of the stages.
-        output_stride: at most so many input pixels a pixel of the last map; from there on stages
-            dilate instead of striding.
-        act_layer: activation before a KNConv2d; the blocks have GELU.
-        dropout_p: probability of the KNConv2d's own dropout, in [0, 1).
+        output_stride: largest reduction of the stages' maps; further stages dilate instead of
+            striding.
+        dense_maps: round up instead, for dense prediction, by zero padding at the right and bottom
+            border; `features_only=True` sets it.
+        act_layer: activation before a KNConv2d; the blocks use GELU.
+        dropout_p: dropout probability of the KNConv2d's statistics, in [0, 1).
     """
 
     def __init__(
@@ -41,64 +50,54 @@ class KNConvNeXt(StagedNetwork):
         num_classes: int = 1000,
         global_pool: str = "avg",
         output_stride: int = 32,
+        dense_maps: bool = False,
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.1,
         inference_statistics: str = "expected",
         dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        act = activation(act_layer)
-        stem = OrderedDict(
-            conv=nn.Conv2d(in_chans, dims[0], 4, stride=4), norm=LayerNorm2d(dims[0])
-        )
+        layers = KNLayers(act_layer, dropout_p, inference_statistics, dropout)
+        stem: OrderedDict[str, nn.Module] = OrderedDict()
+        if dense_maps:
+            stem["pad"] = nn.ZeroPad2d((0, 3, 0, 3))
+        stem["conv"] = nn.Conv2d(in_chans, dims[0], 4, stride=4)
+        stem["norm"] = LayerNorm2d(dims[0])
         stages = []
         feature_info: Features = []
         rates = drop_path_rates(drop_path_rate, depths)
-        for i, scale in enumerate(scales(4, len(depths), output_stride)):
-            way = None
+        for i, geometry in enumerate(stage_geometries(4, len(depths), output_stride)):
+            downsample = None
             if i > 0:
-                d = scale.first_dilation
-                conv = KNConv2d(
-                    dims[i - 1],
-                    dims[i],
-                    2,
-                    stride=scale.stride,
-                    padding=0 if scale.stride == 2 else (0, d, 0, d),
-                    dilation=d,
-                    dropout_p=dropout_p,
-                    inference_statistics=inference_statistics,
-                    dropout=dropout,
-                )
-                way = nn.Sequential(OrderedDict(act=act(), conv=conv))
-            dilation = (scale.dilation, scale.dilation)
+                downsample = _downsample(layers, dims[i - 1], dims[i], geometry, dense_maps)
+            dilation = (geometry.dilation, geometry.dilation)
             blocks = [
                 ConvNeXtBlock(dims[i], dilation=dilation, drop_path=rate) for rate in rates[i]
             ]
-            stages.append(Stage(blocks, way))
-            info = dict(num_chs=dims[i], reduction=scale.reduction, module=f"stages.{i}")
+            stages.append(Stage(blocks, downsample))
+            info = dict(num_chs=dims[i], reduction=geometry.reduction, module=f"stages.{i}")
             feature_info.append(info)
 
         super().__init__(
             stem=nn.Sequential(stem),
             stages=stages,
             feature_info=feature_info,
-            norm=nn.Identity(),  # the head's comes after pooling
+            norm=nn.Identity(),  # the head normalizes after pooling
             head=NormMlpClassifierHead(
                 dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate
             ),
             in_chans=in_chans,
             num_classes=num_classes,
-            min_size=4 * 2 ** (len(depths) - 1),
+            min_size=1 if dense_maps else 4 * 2 ** (len(depths) - 1),
         )
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)  # type: ignore[arg-type]  # all have one
-        self.to(**dd)  # only newer timm's blocks take a device
+        self.to(device=device, dtype=dtype)  # older timm's blocks have no device argument
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -110,8 +109,17 @@ class KNConvNeXt(StagedNetwork):
         return take_indices
 
 
+def _downsample(
+    layers: KNLayers, in_chs: int, out_chs: int, geometry: StageGeometry, ceil_mode: bool
+) -> nn.Sequential:
+    d = geometry.first_dilation
+    padding = (0, d, 0, d) if ceil_mode or geometry.stride == 1 else 0
+    conv = layers.conv(in_chs, out_chs, 2, stride=geometry.stride, padding=padding, dilation=d)
+    return nn.Sequential(OrderedDict(act=layers.act(), conv=conv))
+
+
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Names of the published code, which are torchvision's (features.1.0.block.0), to ours."""
+    """Rename keys of the published code, which are torchvision's (features.1.0.block.0)."""
     state_dict = state_dict.get("model", state_dict)
     if "features.0.0.weight" not in state_dict:
         return state_dict
@@ -149,6 +157,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def knconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-ConvNeXt-Tiny."""
+    kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
         KNConvNeXt,
         "knconvnext_tiny",

@@ -1,32 +1,35 @@
-"""Pre-activation ResNets: kernel-normalized, and with batch, group, layer or no normalization.
+"""Pre-activation ResNets with kernel normalization or another norm.
 
-In a KN-PreActResNet each norm + activation + convolution of a PreAct ResNet (He et al., Identity
-Mappings in Deep Residual Networks, 2016) becomes activation + KNConv2d; a KernelNorm of single
-pixels stands before the head.
+A KN-PreActResNet replaces each norm + activation + convolution of a PreAct ResNet (He et al.,
+Identity Mappings in Deep Residual Networks, 2016) by activation + KNConv2d. A KernelNorm of single
+pixels precedes the head.
 """
 
 import re
-from collections.abc import Callable
-from functools import partial
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from timm.layers import BatchNormAct2d, DropPath, GroupNormAct
+import torch
+from timm.layers import BatchNormAct2d, GroupNormAct
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from kn_zoo.layers import KernelNorm2d, KNConv2d
+from kn_zoo.layers import LocalContextNorm
 
 from ._base import (
     ActLayer,
-    Scale,
+    KNLayers,
+    Layers,
     Stage,
     StagedNetwork,
+    StageGeometry,
     activation,
     classifier_head,
-    fused,
+    drop_path,
     init_weights,
     resnet_stem,
-    scales,
+    stage_geometries,
 )
 from ._build import (
     CIFAR,
@@ -41,46 +44,73 @@ from ._build import (
 
 __all__ = ["PreActResNet"]
 
-Norm = Literal["kernel", "batch", "group", "layer", "none"]
-NORMS = ("batch", "group", "layer", "none")  # of the baselines
-Layer = Callable[..., nn.Module]
+Norm = Literal["kernel", "batch", "group", "layer", "local_context", "none"]
+BASELINE_NORMS = ("batch", "group", "layer", "local_context", "none")
 
 
-def norm_act(norm: Norm, channels: int, act: type[nn.Module], dd: dict[str, Any]) -> nn.Module:
-    """What precedes a convolution: the norm, if it is a layer of its own, and the activation."""
-    if norm == "batch":
-        return BatchNormAct2d(channels, act_layer=act).to(**dd)
-    if norm == "group":  # 32 groups, but never a group of one channel, which would erase it
-        return GroupNormAct(channels, num_groups=min(32, channels // 2), act_layer=act).to(**dd)
-    if norm == "layer":
-        return GroupNormAct(channels, num_groups=1, act_layer=act).to(**dd)
-    return act()
+@dataclass(frozen=True)
+class BaselineLayers:
+    """Layers of one network without kernel normalization; see `Layers`."""
+
+    norm: Norm
+    act_layer: ActLayer
+    window_size: int  # of Local Context Normalization
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    def conv(self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any) -> nn.Module:
+        """Return an nn.Conv2d, with a bias if the network has no norm."""
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, **geometry, bias=self.norm == "none")
+        return conv.to(device=self.device, dtype=self.dtype)
+
+    def norm_act(self, channels: int) -> nn.Module:
+        """Return the norm of `channels` channels and the activation after it."""
+        act = activation(self.act_layer)
+        norm_act: nn.Module
+        if self.norm == "batch":
+            norm_act = BatchNormAct2d(channels, act_layer=act)
+        elif self.norm == "group":  # at least 2 channels per group: one would be instance norm
+            norm_act = GroupNormAct(channels, num_groups=min(32, channels // 2), act_layer=act)
+        elif self.norm == "layer":
+            norm_act = GroupNormAct(channels, num_groups=1, act_layer=act)
+        elif self.norm == "local_context":
+            norm = LocalContextNorm(channels, window_size=self.window_size)
+            norm_act = nn.Sequential(OrderedDict(norm=norm, act=act()))
+        else:
+            norm_act = act()
+        return norm_act.to(device=self.device, dtype=self.dtype)
+
+    def conv_norm_act(
+        self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any
+    ) -> tuple[nn.Module, nn.Module]:
+        return self.conv(in_chs, out_chs, kernel_size, **geometry), self.norm_act(out_chs)
 
 
 class PreActBasic(nn.Module):
-    """Two 3x3 convolutions; a shortcut that convolves starts at the activated input."""
+    """Two 3x3 convolutions. A convolutional shortcut starts at the activated input."""
 
     expansion = 1
 
     def __init__(
         self,
+        layers: Layers,
         in_chs: int,
         width: int,
         stride: int,
         dilation: tuple[int, int],
-        conv: Layer,
-        pre: Layer,
         drop: float,
     ) -> None:
         super().__init__()
-        self.pre1 = pre(in_chs)
-        conv1 = conv(in_chs, width, 3, stride=stride, padding=dilation[0], dilation=dilation[0])
-        self.conv1, self.pre2 = fused(conv1, pre(width))
-        self.conv2 = conv(width, width, 3, padding=dilation[1], dilation=dilation[1])
+        first, second = dilation
+        self.pre1 = layers.norm_act(in_chs)
+        self.conv1, self.pre2 = layers.conv_norm_act(
+            in_chs, width, 3, stride=stride, padding=first, dilation=first
+        )
+        self.conv2 = layers.conv(width, width, 3, padding=second, dilation=second)
         self.shortcut = None
         if stride != 1 or in_chs != width:
-            self.shortcut = conv(in_chs, width, 1, stride=stride)
-        self.drop_path = DropPath(drop) if drop else nn.Identity()
+            self.shortcut = layers.conv(in_chs, width, 1, stride=stride)
+        self.drop_path = drop_path(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pre1(x)
@@ -91,31 +121,32 @@ class PreActBasic(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last four times as wide."""
+    """1x1, 3x3 and 1x1 convolutions; the last has four times the channels."""
 
     expansion = 4
 
     def __init__(
         self,
+        layers: Layers,
         in_chs: int,
         width: int,
         stride: int,
         dilation: tuple[int, int],
-        conv: Layer,
-        pre: Layer,
         drop: float,
     ) -> None:
         super().__init__()
         out_chs = width * self.expansion
-        self.pre1 = pre(in_chs)
-        self.conv1, self.pre2 = fused(conv(in_chs, width, 1), pre(width))
-        conv2 = conv(width, width, 3, stride=stride, padding=dilation[0], dilation=dilation[0])
-        self.conv2, self.pre3 = fused(conv2, pre(width))
-        self.conv3 = conv(width, out_chs, 1)
+        first = dilation[0]
+        self.pre1 = layers.norm_act(in_chs)
+        self.conv1, self.pre2 = layers.conv_norm_act(in_chs, width, 1)
+        self.conv2, self.pre3 = layers.conv_norm_act(
+            width, width, 3, stride=stride, padding=first, dilation=first
+        )
+        self.conv3 = layers.conv(width, out_chs, 1)
         self.shortcut = None
         if stride != 1 or in_chs != out_chs:
-            self.shortcut = conv(in_chs, out_chs, 1, stride=stride)
-        self.drop_path = DropPath(drop) if drop else nn.Identity()
+            self.shortcut = layers.conv(in_chs, out_chs, 1, stride=stride)
+        self.drop_path = drop_path(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pre1(x)
@@ -134,14 +165,16 @@ class PreActResNet(StagedNetwork):
 
     Args:
         block: PreActBasic or PreActBottleneck.
-        depths: blocks a stage.
+        depths: number of blocks in each stage.
         widths: channels inside the blocks of each stage.
-        small_stem: a 3x3 convolution for low resolution, instead of 7x7 stride 2 and a max pool.
-        norm: "kernel", "batch", "group" (32 groups), "layer" (one group) or "none".
-        output_stride: at most so many input pixels a pixel of the last map; from there on stages
-            dilate instead of striding, and the strided network's values are among theirs.
-        dropout_p: probability of the layers' own dropout, in [0, 1); the last KernelNorm has five
-            times it, up to 0.5. For norm="kernel" only, as is `inference_statistics`.
+        small_stem: use a 3x3 convolution (low resolution) instead of 7x7 stride 2 and a max pool.
+        norm: "kernel", "batch", "group" (32 groups), "layer" (one group), "local_context" (2
+            channels per group, windows of 227x227 pixels, or of 16x16 with `small_stem`) or "none".
+        output_stride: largest reduction of the stages' maps; further stages dilate instead of
+            striding. The maps contain the values of the strided network.
+        dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
+            uses min(5 * dropout_p, 0.5). Like `inference_statistics` and `dropout`, only for
+            norm="kernel".
     """
 
     def __init__(
@@ -161,41 +194,36 @@ class PreActResNet(StagedNetwork):
         dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        statistics: dict[str, Any] = dict(
-            inference_statistics=inference_statistics, dropout=dropout
-        )
-        pre: Layer = partial(norm_act, norm, act=activation(act_layer), dd=dd)
-        if norm == "kernel":
-            conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
-        elif norm in NORMS:
-            conv = partial(nn.Conv2d, bias=norm == "none", **dd)
-        else:
-            raise ValueError(f"norm={norm!r}: use 'kernel', 'batch', 'group', 'layer' or 'none'")
+        kn_layers = KNLayers(act_layer, dropout_p, inference_statistics, dropout, device, dtype)
+        layers: Layers = kn_layers
+        if norm in BASELINE_NORMS:
+            layers = BaselineLayers(norm, act_layer, 16 if small_stem else 227, device, dtype)
+        elif norm != "kernel":
+            raise ValueError(f"norm={norm!r}: use one of {('kernel', *BASELINE_NORMS)}")
         chs = widths[0]
-        stem, pool, feature_info = resnet_stem(conv, in_chans, chs, small_stem)
+        stem, pool, feature_info = resnet_stem(layers, in_chans, chs, small_stem)
         stages = []
         rates = drop_path_rates(drop_path_rate, depths)
-        for i, scale in enumerate(scales(1 if small_stem else 4, len(depths), output_stride)):
-            stages.append(_stage(block, chs, widths[i], scale, rates[i], conv, pre))
+        geometries = stage_geometries(1 if small_stem else 4, len(depths), output_stride)
+        for i, geometry in enumerate(geometries):
+            stages.append(_stage(layers, block, chs, widths[i], geometry, rates[i]))
             chs = widths[i] * block.expansion
-            info = dict(num_chs=chs, reduction=scale.reduction, module=f"stages.{i}")
+            info = dict(num_chs=chs, reduction=geometry.reduction, module=f"stages.{i}")
             feature_info.append(info)
 
-        norm_layer = pre(chs)
-        if norm == "kernel":
-            kernel_norm = KernelNorm2d(dropout_p=min(5 * dropout_p, 0.5), **statistics)
-            norm_layer = nn.Sequential(kernel_norm, norm_layer)
+        last = layers.norm_act(chs)
         super().__init__(
             stem=stem,
             pool=pool,
             stages=stages,
             feature_info=feature_info,
-            norm=norm_layer,
-            head=classifier_head(chs, num_classes, global_pool, drop_rate, dd),
+            norm=nn.Sequential(kn_layers.norm(5, 0.5), last) if norm == "kernel" else last,
+            head=classifier_head(
+                chs, num_classes, global_pool, drop_rate, dict(device=device, dtype=dtype)
+            ),
             in_chans=in_chans,
             num_classes=num_classes,
             min_size=(1 if small_stem else 4) * 2 ** (len(depths) - 1),
@@ -204,24 +232,23 @@ class PreActResNet(StagedNetwork):
 
 
 def _stage(
+    layers: Layers,
     block: Block,
     in_chs: int,
     width: int,
-    scale: Scale,
+    geometry: StageGeometry,
     rates: list[float],
-    conv: Layer,
-    pre: Layer,
 ) -> Stage:
-    """As many blocks as `rates`, the first of which strides."""
-    first, dilation = scale.first_dilation, scale.dilation
+    """Return a stage with one block for each of `rates`; the first block strides."""
+    first, dilation = geometry.first_dilation, geometry.dilation
     chs = width * block.expansion
-    blocks = [block(in_chs, width, scale.stride, (first, dilation), conv, pre, rates[0])]
-    blocks += [block(chs, width, 1, (dilation, dilation), conv, pre, rate) for rate in rates[1:]]
+    blocks = [block(layers, in_chs, width, geometry.stride, (first, dilation), rates[0])]
+    blocks += [block(layers, chs, width, 1, (dilation, dilation), rate) for rate in rates[1:]]
     return Stage(blocks)
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Names of the published code (conv1, layer2.0.shortcut.0, fc) to ours; ours stay."""
+    """Rename keys of the published code (conv1, layer2.0.shortcut.0, fc); keep others."""
     state_dict = state_dict.get("model", state_dict)
     if "conv1.weight" not in state_dict:
         return state_dict
@@ -279,7 +306,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _check_baseline(variant: str, kwargs: dict[str, Any]) -> None:
-    """A baseline has no kernel normalization, nor takes what only that has a use for."""
+    """Reject norm="kernel" and the arguments that only kernel normalization uses."""
     if kwargs.get("norm") == "kernel":
         raise ValueError(f"norm='kernel': use kn{variant}")
     for name in ("dropout_p", "inference_statistics", "dropout"):
@@ -337,41 +364,41 @@ def knpreactresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module
 
 @register_model
 def preactresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-18; `norm`: "batch" (default), "group", "layer" or "none"."""
+    """PreActResNet-18; `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet18", pretrained, **dict(RESNET18, **kwargs))
 
 
 @register_model
 def preactresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-34; `norm`: "batch" (default), "group", "layer" or "none"."""
+    """PreActResNet-34; `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet34", pretrained, **dict(RESNET34, **kwargs))
 
 
 @register_model
 def preactresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-50; `norm`: "batch" (default), "group", "layer" or "none"."""
+    """PreActResNet-50; `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet50", pretrained, **dict(RESNET50, **kwargs))
 
 
 @register_model
 def preactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-18 for low resolution; `norm`: "batch" (default), "group", "layer" or "none"."""
+    """PreActResNet-18 for low resolution; `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet18_cifar", pretrained, **dict(RESNET18, **kwargs))
 
 
 @register_model
 def preactresnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-34 for low resolution; `norm`: "batch" (default), "group", "layer" or "none"."""
+    """PreActResNet-34 for low resolution; `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet34_cifar", pretrained, **dict(RESNET34, **kwargs))
 
 
 @register_model
 def preactresnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-50 for low resolution; `norm`: "batch" (default), "group", "layer" or "none"."""
+    """PreActResNet-50 for low resolution; `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet50_cifar", pretrained, **dict(RESNET50, **kwargs))
 
 
 @register_model
 def preactresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreActResNet-20, 16-32-64 channels; `norm`: "batch" (default), "group", "layer", "none"."""
+    """PreActResNet-20 (16-32-64 channels); `norm`: see PreActResNet, default "batch"."""
     return _create("preactresnet20_cifar", pretrained, **dict(RESNET20, **kwargs))

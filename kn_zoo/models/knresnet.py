@@ -1,85 +1,80 @@
-"""KNResNet-18, -34 and -50: residual networks made of activation + KNConv2d, most of it 2x2.
+"""KNResNet-18, -34 and -50: residual networks of activation + KNConv2d, most of them 2x2.
 
 Nasirigerdeh, Torkzadehmahani, Rueckert, Kaissis: Kernel Normalized Convolutional Networks, TMLR
-2024. Resolution is halved by max pooling after a convolution of stride 1.
+2024. Max pooling after a convolution of stride 1 halves the resolution.
 """
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
-from timm.layers import DropPath
+import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from kn_zoo.layers import KernelNorm2d, KNConv2d
-
 from ._base import (
     ActLayer,
-    Scale,
+    KNLayers,
     Stage,
     StagedNetwork,
-    activation,
+    StageGeometry,
     classifier_head,
-    fused,
+    drop_path,
     init_weights,
     max_pool,
     resnet_stem,
-    scales,
+    stage_geometries,
 )
 from ._build import CIFAR, IMAGENET, Cfgs, StateDict, build, cfgs, drop_path_rates
 
 __all__ = ["KNResNet"]
 
-Conv = Callable[..., nn.Module]
-Act = Callable[[], nn.Module]
 NECK_CHANNELS = 512
 
 
 class KNBasic(nn.Module):
-    """2x2 convolution with padding 1 (one pixel more), 2x2 without (one less)."""
+    """2x2 convolution with padding 1 (one pixel more), 2x2 convolution without (one less)."""
 
-    def __init__(self, chs: int, inner: int, dilation: int, conv: Conv, act: Act, drop: float):
+    def __init__(self, layers: KNLayers, chs: int, inner: int, dilation: int, drop: float) -> None:
         super().__init__()
-        self.act1 = act()
-        conv1 = conv(chs, inner, 2, padding=dilation, dilation=dilation)
-        self.conv1, self.act2 = fused(conv1, act())
-        self.conv2 = conv(inner, chs, 2, dilation=dilation)
-        self.drop_path = DropPath(drop) if drop else nn.Identity()
+        self.act1 = layers.act()
+        self.conv1, self.act2 = layers.conv_norm_act(
+            chs, inner, 2, padding=dilation, dilation=dilation
+        )
+        self.conv2 = layers.conv(inner, chs, 2, dilation=dilation)
+        self.drop_path = drop_path(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(self.act1(x))  # (N, C, H, W) -> (N, inner, H + 1, W + 1)
-        y = self.conv2(self.act2(y))
+        y = self.conv2(self.act2(y))  # -> (N, C, H, W)
         return self.drop_path(y) + x
 
 
 class KNBottleneck(nn.Module):
-    """The same with a 3x3 convolution between, where there are fewest channels.
+    """KNBasic with a 3x3 convolution between the two, where there are fewest channels.
 
-    `kernel_size` is that of the outer two convolutions: 2, or 1, which needs no padding.
+    `kernel_size` is that of the first and last convolution: 2, or 1 (no padding).
     """
 
     def __init__(
         self,
+        layers: KNLayers,
         chs: int,
         inner: int,
         dilation: int,
-        conv: Conv,
-        act: Act,
         drop: float,
         kernel_size: int,
     ) -> None:
         super().__init__()
         d = dilation
-        self.act1 = act()
-        conv1 = conv(chs, inner, kernel_size, padding=d * (kernel_size - 1), dilation=d)
-        self.conv1, self.act2 = fused(conv1, act())
-        self.conv2, self.act3 = fused(conv(inner, inner, 3, padding=d, dilation=d), act())
-        self.conv3 = conv(inner, chs, kernel_size, dilation=d)
-        self.drop_path = DropPath(drop) if drop else nn.Identity()
+        self.act1 = layers.act()
+        self.conv1, self.act2 = layers.conv_norm_act(
+            chs, inner, kernel_size, padding=d * (kernel_size - 1), dilation=d
+        )
+        self.conv2, self.act3 = layers.conv_norm_act(inner, inner, 3, padding=d, dilation=d)
+        self.conv3 = layers.conv(inner, chs, kernel_size, dilation=d)
+        self.drop_path = drop_path(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(self.act1(x))
@@ -88,28 +83,32 @@ class KNBottleneck(nn.Module):
         return self.drop_path(y) + x
 
 
-class Way(NamedTuple):
-    """The convolution between two stages; padding is (left, right, top, bottom)."""
+class Transition(NamedTuple):
+    """Convolution between two stages; padding is (left, right, top, bottom)."""
 
     kernel_size: int
     padding: tuple[int, int, int, int]
 
 
-def ways(small_stem: bool, bottleneck: bool) -> list[Way]:
-    """The three ways between the stages."""
-    last = Way(2, (1, 0, 1, 0) if small_stem else (2, 1, 2, 1))
+def transitions(bottleneck: bool, wide_padding: bool) -> list[Transition]:
+    """Return the three transitions; `wide_padding` makes the last map one pixel larger."""
+    last = Transition(2, (2, 1, 2, 1) if wide_padding else (1, 0, 1, 0))
     return [
-        Way(2, (1, 0, 1, 0)),
-        Way(2, (0, 1, 0, 1)),
-        Way(1, (0, 0, 0, 0)) if bottleneck else last,
+        Transition(2, (1, 0, 1, 0)),
+        Transition(2, (0, 1, 0, 1)),
+        Transition(1, (0, 0, 0, 0)) if bottleneck else last,
     ]
 
 
 def map_sides(side: int, small_stem: bool, bottleneck: bool) -> list[int]:
-    """Sides of the stages' maps and the neck's two, in pixels; below 1: the input is too small."""
+    """Return the sides of the stages' maps and of the neck's two, in pixels, without `dense_maps`.
+
+    A number below 1 means that the input is too small.
+    """
     sides = [side if small_stem else -(-side // 4)]
-    for way in ways(small_stem, bottleneck):
-        sides.append((sides[-1] + way.padding[0] + way.padding[1] + 1 - way.kernel_size) // 2)
+    for transition in transitions(bottleneck, wide_padding=not small_stem):
+        left, right = transition.padding[:2]
+        sides.append((sides[-1] + left + right + 1 - transition.kernel_size) // 2)
     if not bottleneck:
         sides.append(sides[-1] // 2)
         sides.append(sides[-1] + (1 if small_stem else -1))
@@ -117,29 +116,31 @@ def map_sides(side: int, small_stem: bool, bottleneck: bool) -> list[int]:
 
 
 def min_side(maps: int, small_stem: bool, bottleneck: bool) -> int:
-    """The smallest input side, in pixels, at which the first maps of `map_sides` exist."""
+    """Return the smallest input side, in pixels, for which the first maps of `map_sides` exist."""
     return next(s for s in count(1) if min(map_sides(s, small_stem, bottleneck)[:maps]) > 0)
 
 
 class KNResNet(StagedNetwork):
     """Kernel-normalized residual network.
 
-    A stage's map is half as large as the one before, rounded down; the last stage's of an ImageNet
-    KNResNet-18 or -34 is one pixel larger than that. The last norm and the classifier of these two
-    see what the neck (max pool and 2x2 convolution) makes of it.
+    Each stage halves the map, rounding down. The published padding makes the last map of an
+    ImageNet KNResNet-18 or -34 one pixel larger than that. In these two networks a neck (max pool
+    and 2x2 convolution) precedes the last norm and the classifier.
 
     Args:
-        depths: blocks a stage.
-        channels: between the blocks of each stage.
-        inner: inside the blocks of each stage.
-        bottleneck: blocks of three convolutions, 1x1 in the last stage and on the way there;
-            there is no neck.
-        small_stem: a 3x3 convolution for low resolution, instead of 7x7 stride 2 and a max pool.
-        output_stride: at most so many input pixels a pixel of the stages' maps; from there on
-            stages, and the neck, dilate instead of striding; the strided network's values are
-            among theirs.
-        dropout_p: probability of the layers' own dropout, in [0, 1); the last KernelNorm has five
-            times it, up to 0.25.
+        depths: number of blocks in each stage.
+        channels: channels between the blocks of each stage.
+        inner: channels inside the blocks of each stage.
+        bottleneck: use blocks of three convolutions, with 1x1 convolutions in the last stage and in
+            the transition to it, and no neck.
+        small_stem: use a 3x3 convolution (low resolution) instead of 7x7 stride 2 and a max pool.
+        output_stride: largest reduction of the stages' maps; further stages and the neck dilate
+            instead of striding. The maps contain the values of the strided network.
+        dense_maps: make every map exactly ceil(input / reduction) pixels, for dense prediction;
+            `features_only=True` sets it. Parameters are the same, the last map is not: it is
+            padded by (1, 0, 1, 0) instead of (2, 1, 2, 1).
+        dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
+            uses min(5 * dropout_p, 0.25).
     """
 
     def __init__(
@@ -153,85 +154,94 @@ class KNResNet(StagedNetwork):
         num_classes: int = 1000,
         global_pool: str = "avg",
         output_stride: int = 32,
+        dense_maps: bool = False,
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.05,
         inference_statistics: str = "expected",
         dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        statistics: dict[str, Any] = dict(
-            inference_statistics=inference_statistics, dropout=dropout
-        )
-        conv: Conv = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
-        act = activation(act_layer)
+        layers = KNLayers(act_layer, dropout_p, inference_statistics, dropout, device, dtype)
         chs = channels[0]
-        stem, pool, feature_info = resnet_stem(conv, in_chans, chs, small_stem)
-        stages = []
+        stem, pool, feature_info = resnet_stem(layers, in_chans, chs, small_stem)
+        geometries = stage_geometries(1 if small_stem else 4, len(depths), output_stride)
+        between = [None, *transitions(bottleneck, not (small_stem or dense_maps))]
         rates = drop_path_rates(drop_path_rate, depths)
-        plan = scales(1 if small_stem else 4, len(depths), output_stride)
-        for i, (scale, way) in enumerate(
-            zip(plan, [None, *ways(small_stem, bottleneck)], strict=True)
-        ):
-            downsample = _transition(chs, channels[i], way, scale, conv, act) if way else None
+        stages = []
+        for i, (geometry, transition) in enumerate(zip(geometries, between, strict=True)):
+            downsample = None
+            if transition:
+                downsample = _downsample(layers, chs, channels[i], transition, geometry, dense_maps)
             chs = channels[i]
-            block: Conv = KNBasic
-            if bottleneck:
-                block = partial(KNBottleneck, kernel_size=way.kernel_size if way else 2)
-            blocks = [block(chs, inner[i], scale.dilation, conv, act, rate) for rate in rates[i]]
+            blocks: list[nn.Module] = []
+            for rate in rates[i]:
+                if bottleneck:
+                    kernel_size = transition.kernel_size if transition else 2
+                    block = (chs, inner[i], geometry.dilation, rate, kernel_size)
+                    blocks.append(KNBottleneck(layers, *block))
+                else:
+                    blocks.append(KNBasic(layers, chs, inner[i], geometry.dilation, rate))
             stages.append(Stage(blocks, downsample))
-            feature_info.append(dict(num_chs=chs, reduction=scale.reduction, module=f"stages.{i}"))
+            info = dict(num_chs=chs, reduction=geometry.reduction, module=f"stages.{i}")
+            feature_info.append(info)
 
         neck = None
         if not bottleneck:
-            neck, chs = _neck(chs, int(small_stem), plan[-1].dilation, conv, act), NECK_CHANNELS
-        kernel_norm = KernelNorm2d(dropout_p=min(5 * dropout_p, 0.25), **statistics)
+            neck = _neck(layers, chs, padding=int(small_stem), dilation=geometries[-1].dilation)
+            chs = NECK_CHANNELS
         super().__init__(
             stem=stem,
             pool=pool,
             stages=stages,
             feature_info=feature_info,
             neck=neck,
-            norm=nn.Sequential(kernel_norm, act()),
-            head=classifier_head(chs, num_classes, global_pool, drop_rate, dd),
+            norm=nn.Sequential(layers.norm(5, 0.25), layers.act()),
+            head=classifier_head(
+                chs, num_classes, global_pool, drop_rate, dict(device=device, dtype=dtype)
+            ),
             in_chans=in_chans,
             num_classes=num_classes,
-            min_size=min_side(4, small_stem, bottleneck),
+            min_size=1 if dense_maps else min_side(4, small_stem, bottleneck),
             neck_min_size=min_side(6, small_stem, bottleneck),
         )
         init_weights(self)
 
 
-def _transition(
-    in_chs: int, out_chs: int, way: Way, scale: Scale, conv: Conv, act: Act
+def _downsample(
+    layers: KNLayers,
+    in_chs: int,
+    out_chs: int,
+    transition: Transition,
+    geometry: StageGeometry,
+    ceil_mode: bool,
 ) -> nn.Sequential:
-    d = scale.first_dilation
-    padding = tuple(d * p for p in way.padding)
+    d = geometry.first_dilation
+    padding = tuple(d * p for p in transition.padding)
     return nn.Sequential(
         OrderedDict(
-            act=act(),
-            conv=conv(in_chs, out_chs, way.kernel_size, padding=padding, dilation=d),
-            pool=max_pool(scale.stride, d),
+            act=layers.act(),
+            conv=layers.conv(in_chs, out_chs, transition.kernel_size, padding=padding, dilation=d),
+            pool=max_pool(geometry.stride, d, ceil_mode),
         )
     )
 
 
-def _neck(in_chs: int, padding: int, dilation: int, conv: Conv, act: Act) -> nn.Sequential:
-    d = 1 if dilation == 1 else 2 * dilation  # after a pool that does not stride
+def _neck(layers: KNLayers, in_chs: int, padding: int, dilation: int) -> nn.Sequential:
+    d = 1 if dilation == 1 else 2 * dilation  # after a dilated pool
     return nn.Sequential(
         OrderedDict(
             pool=max_pool(2 if d == 1 else 1, dilation),
-            act=act(),
-            conv=conv(in_chs, NECK_CHANNELS, 2, padding=d * padding, dilation=d),
+            act=layers.act(),
+            conv=layers.conv(in_chs, NECK_CHANNELS, 2, padding=d * padding, dilation=d),
         )
     )
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: KNResNet) -> StateDict:
-    """Names of the published code (block0.0, res_block1, trans_block1) to ours; ours stay."""
+    """Rename keys of the published code (block0.0, res_block1, trans_block1); keep others."""
     state_dict = state_dict.get("model", state_dict)
     if "block0.0.weight" not in state_dict:
         return state_dict
@@ -243,7 +253,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: KNResNet) -> StateDict:
 
 
 def _our_name(key: str, blocks: list[str]) -> str:
-    """`blocks` are our prefixes of the blocks that the published code numbers from 1."""
+    """Return our key; `blocks` are our prefixes of the blocks that the published code numbers."""
     key = key.replace(".conv1x1.", ".")
     key = re.sub(r"^block0\.0\.", "stem.", key)
     key = re.sub(r"^res_block(\d+)\.", lambda m: blocks[int(m[1]) - 1], key)
@@ -283,6 +293,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     small_stem = kwargs["small_stem"] = variant.endswith("_cifar")
+    kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
         KNResNet,
         variant,

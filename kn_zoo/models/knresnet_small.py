@@ -1,6 +1,6 @@
 """KNResNet-8 and -13: small kernel-normalized networks for differentially private training.
 
-All convolutions are 3x3, and the classifier sees the last map pooled to 2x2 pixels.
+All convolutions are 3x3. The classifier takes the last map pooled to 2x2 pixels.
 """
 
 import re
@@ -9,63 +9,56 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, SelectAdaptivePool2d
+import torch
+from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-
-from kn_zoo.layers import KernelNorm2d, KNConv2d
 
 from ._base import (
     ActLayer,
     Features,
+    KNLayers,
     Stage,
     StagedNetwork,
-    activation,
-    fused,
+    drop_path,
     init_weights,
     max_pool,
-    scales,
+    stage_geometries,
 )
 from ._build import CIFAR, Cfgs, StateDict, build, cfgs, drop_path_rates
 
 __all__ = ["KNResNetSmall"]
 
 STEM_CHANNELS = 64
-Layer = Callable[..., nn.Module]
-Unit = Callable[[int, int, int], "OrderedDict[str, nn.Module]"]
+ConvAct = Callable[[int, int, int], "OrderedDict[str, nn.Module]"]
 
 
 def conv_act(
-    preact: bool,
-    conv: Layer,
-    act: Layer,
-    in_chs: int,
-    out_chs: int,
-    dilation: int,
+    layers: KNLayers, preact: bool, in_chs: int, out_chs: int, dilation: int
 ) -> "OrderedDict[str, nn.Module]":
-    """A convolution with its activation before it (`preact`) or after it."""
-    convolution = conv(in_chs, out_chs, 3, padding=dilation, dilation=dilation)
+    """Return a 3x3 convolution with its activation before it (`preact`) or after it."""
+    geometry: dict[str, Any] = dict(padding=dilation, dilation=dilation)
     if preact:
-        return OrderedDict(act=act(), conv=convolution)
-    convolution, after = fused(convolution, act())
-    return OrderedDict(conv=convolution, act=after)
+        return OrderedDict(act=layers.act(), conv=layers.conv(in_chs, out_chs, 3, **geometry))
+    conv, act = layers.conv_norm_act(in_chs, out_chs, 3, **geometry)
+    return OrderedDict(conv=conv, act=act)
 
 
 class Residual(nn.Module):
-    """Two convolutions, and the identity past both."""
+    """Two convolutions with an identity shortcut; `conv_act` makes them."""
 
-    def __init__(self, chs: int, dilation: int, drop: float, unit: Unit) -> None:
+    def __init__(self, chs: int, dilation: int, drop: float, conv_act: ConvAct) -> None:
         super().__init__()
-        self.unit1 = nn.Sequential(unit(chs, chs, dilation))
-        self.unit2 = nn.Sequential(unit(chs, chs, dilation))
-        self.drop_path = DropPath(drop) if drop else nn.Identity()
+        self.unit1 = nn.Sequential(conv_act(chs, chs, dilation))
+        self.unit2 = nn.Sequential(conv_act(chs, chs, dilation))
+        self.drop_path = drop_path(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop_path(self.unit2(self.unit1(x))) + x
 
 
 class GridPool(SelectAdaptivePool2d):
-    """timm's pooling by name, to 2x2 pixels instead of one; "" is none."""
+    """timm's pooling by name, to 2x2 pixels instead of one; "" disables it."""
 
     def __init__(self, pool_type: str) -> None:
         super().__init__(output_size=2, pool_type=pool_type, flatten=bool(pool_type))
@@ -97,17 +90,17 @@ class GridHead(nn.Module):
 class KNResNetSmall(StagedNetwork):
     """Stages of one residual block each, after a convolution and a 2x2 max pool.
 
-    Maps halve from stage to stage, rounded down.
+    Each stage halves the map, rounding down.
 
     Args:
         widths: channels of the stages.
-        preact: activations stand before their convolutions, the first stage follows the stem
-            without pooling; otherwise they stand after them, the first stage pools too, and a last
-            max pool precedes the norm.
-        output_stride: at most so many input pixels a pixel of the stages' maps; from there on
-            pooling gives way to dilation.
-        dropout_p: probability of the layers' own dropout, in [0, 1); the last KernelNorm has more:
-            five times it if `preact`, else two and a half times, up to 0.5.
+        preact: activations precede their convolutions, and the first stage does not pool. Otherwise
+            they follow them, the first stage pools too, and a max pool precedes the last norm.
+        output_stride: largest reduction of the stages' maps; further stages dilate instead of
+            pooling.
+        dense_maps: round up instead, for dense prediction; `features_only=True` sets it.
+        dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
+            uses min(5 * dropout_p, 0.5) if `preact`, otherwise min(2.5 * dropout_p, 0.5).
     """
 
     def __init__(
@@ -118,82 +111,84 @@ class KNResNetSmall(StagedNetwork):
         num_classes: int = 10,
         global_pool: str = "avg",
         output_stride: int = 32,
+        dense_maps: bool = False,
         act_layer: ActLayer = "relu",
         dropout_p: float = 0.1,
         inference_statistics: str = "expected",
         dropout: str = "mask",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        statistics: dict[str, Any] = dict(
-            inference_statistics=inference_statistics, dropout=dropout
-        )
-        conv: Layer = partial(KNConv2d, dropout_p=dropout_p, **statistics, **dd)
-        act = activation(act_layer)
-        unit: Unit = partial(conv_act, preact, conv, act)
-
+        layers = KNLayers(act_layer, dropout_p, inference_statistics, dropout, device, dtype)
+        conv_act_of = partial(conv_act, layers, preact)
         chs = STEM_CHANNELS
-        stem = unit(in_chans, chs, 1)
+        stem = conv_act_of(in_chans, chs, 1)
         feature_info: Features = []
-        plan = scales(1, len(widths) + (not preact), output_stride)
+        geometries = stage_geometries(1, len(widths) + (not preact), output_stride)
         if preact:
-            del stem["act"]  # images come unactivated
+            del stem["act"]  # images are not activated
         else:
             feature_info = [dict(num_chs=chs, reduction=1, module="stem")]
-            plan = plan[1:]
+            geometries = geometries[1:]
         stages = []
         rates = drop_path_rates(drop_path_rate, (1,) * len(widths))
-        for i, (width, scale) in enumerate(zip(widths, plan, strict=True)):
-            way = None
+        for i, (width, geometry) in enumerate(zip(widths, geometries, strict=True)):
+            transition = None
             if i > 0 or not preact:
-                layers = unit(chs, width, scale.first_dilation)
-                layers["pool"] = max_pool(scale.stride, scale.first_dilation)
-                way = nn.Sequential(layers)
-            stages.append(Stage([Residual(width, scale.dilation, rates[i][0], unit)], way))
-            feature_info.append(
-                dict(num_chs=width, reduction=scale.reduction, module=f"stages.{i}")
-            )
+                modules = conv_act_of(chs, width, geometry.first_dilation)
+                modules["pool"] = max_pool(geometry.stride, geometry.first_dilation, dense_maps)
+                transition = nn.Sequential(modules)
+            block = Residual(width, geometry.dilation, rates[i][0], conv_act_of)
+            stages.append(Stage([block], transition))
+            info = dict(num_chs=width, reduction=geometry.reduction, module=f"stages.{i}")
+            feature_info.append(info)
             chs = width
 
-        dilation = plan[-1].dilation
-        last_p = min((5 if preact else 2.5) * dropout_p, 0.5)
-        kernel_norm = KernelNorm2d(dropout_p=last_p, **statistics)
+        dilation = geometries[-1].dilation
+        kernel_norm = layers.norm(5 if preact else 2.5, 0.5)
+        head = GridHead(chs, num_classes, global_pool, drop_rate)
         super().__init__(
             stem=nn.Sequential(stem),
             stages=stages,
             feature_info=feature_info,
             neck=None if preact else max_pool(2 if dilation == 1 else 1, dilation),
-            norm=nn.Sequential(kernel_norm, act()) if preact else kernel_norm,
-            head=GridHead(chs, num_classes, global_pool, drop_rate).to(**dd),
+            norm=nn.Sequential(kernel_norm, layers.act()) if preact else kernel_norm,
+            head=head.to(device=device, dtype=dtype),
             in_chans=in_chans,
             num_classes=num_classes,
-            min_size=2 ** (len(widths) - preact),
+            min_size=1 if dense_maps else 2 ** (len(widths) - preact),
             neck_min_size=2 ** (len(widths) + 1 - 2 * preact),
         )
         init_weights(self)
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Names of the published code (conv0, conv_block1.1, res_block1.conv1) to ours; ours stay."""
+    """Rename keys of the published code (conv0, conv_block1.1, res_block1.conv1); keep others."""
     state_dict = state_dict.get("model", state_dict)
     if "res_block1.conv1.weight" not in state_dict:
         return state_dict
-    first_way = 1 if "conv0.weight" in state_dict else -1  # conv_block1 of KNResNet-8 is the stem
-    return {_our_name(key, first_way): value for key, value in state_dict.items()}
+    preact = "conv0.weight" in state_dict
+    return {_our_name(key, preact): value for key, value in state_dict.items()}
 
 
-def _our_name(key: str, first_way: int) -> str:
-    if first_way < 0:
+def _our_name(key: str, preact: bool) -> str:
+    first = 1  # stage of the transition that the published code calls conv_block1
+    if not preact:  # conv_block1 of KNResNet-8 is the stem, conv_block2 leads to stage 0
         key = key.replace("conv_block1.0.", "stem.conv.")
+        first = -1
     key = re.sub(r"^conv0\.", "stem.conv.", key)
-    way = r"^conv_block(\d+)\.\d+\."
-    shift = 0 if first_way > 0 else -2
-    key = re.sub(way, lambda m: f"stages.{int(m[1]) + shift}.downsample.conv.", key)
-    block = r"^res_block(\d+)\.conv(\d)\."
-    key = re.sub(block, lambda m: f"stages.{int(m[1]) - 1}.blocks.0.unit{m[2]}.conv.", key)
+    key = re.sub(
+        r"^conv_block(\d+)\.\d+\.",
+        lambda m: f"stages.{int(m[1]) - 1 + first}.downsample.conv.",
+        key,
+    )
+    key = re.sub(
+        r"^res_block(\d+)\.conv(\d)\.",
+        lambda m: f"stages.{int(m[1]) - 1}.blocks.0.unit{m[2]}.conv.",
+        key,
+    )
     return re.sub(r"^fc\.", "head.fc.", key)
 
 
@@ -211,6 +206,7 @@ default_cfgs = generate_default_cfgs({**_cfg("knresnet8_cifar"), **_cfg("knresne
 
 
 def _create(variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Module:
+    kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
         KNResNetSmall,
         variant,

@@ -1,1 +1,1 @@
-"""Training from recipes: data, one resumable run, seeds and searches."""
+"""Training from recipes."""

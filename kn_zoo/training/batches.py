@@ -1,16 +1,16 @@
-"""Training batches: which images, in which order, how augmented.
+"""Training batches: which images, in which order, with which augmentation.
 
-All of it is a function of seed, epoch and position in the epoch, and of nothing else: a run can be
-taken up at any step without a random generator's state, and several processes share what one would
-see. Each kind of batches has a length, and `epoch(number, start)`, which yields from update `start`
-on this process's images (B, C, H, W), in float32 on the device, and class ids (B,).
+Everything is a function of seed, epoch and step alone. A run can therefore resume at any update
+without a random generator's state, and several processes share the batches that one process would
+see. A `Batches` object has a length, and `epoch(number, start)` yields from update `start` this
+process's images (B, C, H, W), float32 on the device, and class ids (B,).
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,15 +19,20 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from kn_zoo.training.data import Place, load_training, training_transform
+from kn_zoo.training.data import DataConfig, load_training, training_transform
 from kn_zoo.training.recipe import Recipe, UserError
 
 Batch = tuple[Tensor, Tensor]
 
 
+class Batches(Protocol):
+    def __len__(self) -> int: ...
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]: ...
+
+
 @dataclass(frozen=True)
-class Share:
-    """Which part of every batch is this process's."""
+class Shard:
+    """The part of each batch that belongs to one of several processes."""
 
     process: int = 0
     processes: int = 1
@@ -41,23 +46,23 @@ def create_batches(
     recipe: Recipe,
     images: Any,
     model: nn.Module,
-    place: Place,
+    config: DataConfig,
     workers: int,
     device: torch.device,
-    share: Share,
-) -> Any:
-    """The kind of batches that the data set and the recipe ask for."""
+    shard: Shard,
+) -> Batches:
+    """Create the batches that fit the data set and the recipe."""
     if isinstance(images, IterableDataset):
-        return StreamBatches(recipe, model, place, workers, device, share)
+        return StreamBatches(recipe, model, config, workers, device, shard)
     if len(images) < recipe.batch_size:
-        raise UserError(f"a batch of {recipe.batch_size} needs more than {len(images)} images")
+        raise UserError(f"batch_size {recipe.batch_size} exceeds the {len(images)} training images")
     if recipe.on_device:
-        return DeviceBatches(recipe, images, device, share)
-    return LoaderBatches(recipe, images, training_transform(recipe, model), workers, device, share)
+        return DeviceBatches(recipe, images, device, shard)
+    return LoaderBatches(recipe, images, training_transform(recipe, model), workers, device, shard)
 
 
-def order(recipe: Recipe, images: int, epoch: int) -> np.ndarray:
-    """Image numbers of an epoch: shuffled, each in turn as often as it is augmented."""
+def epoch_indices(recipe: Recipe, images: int, epoch: int) -> np.ndarray:
+    """Return the shuffled image indices of an epoch, with repeated augmentation in succession."""
     sampler = RepeatAugSampler(
         range(images),
         num_replicas=1,
@@ -65,17 +70,17 @@ def order(recipe: Recipe, images: int, epoch: int) -> np.ndarray:
         num_repeats=recipe.repeated_augmentation,
         selected_round=0,  # an epoch is as long as without repeats
     )
-    sampler.set_epoch(seed_of(recipe.seed, epoch))
+    sampler.set_epoch(derive_seed(recipe.seed, epoch))
     return np.fromiter(sampler, int)
 
 
-def seed_of(*numbers: int) -> int:
-    """A seed for a generator, from numbers that name what is to be drawn."""
+def derive_seed(*numbers: int) -> int:
+    """Return a generator's seed, derived from numbers that identify what is drawn."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class LoaderBatches:
-    """Images that are decoded and augmented on the CPU, by `workers` processes or this one."""
+    """Images decoded and augmented on the CPU, in `workers` processes or (0) this one."""
 
     def __init__(
         self,
@@ -84,34 +89,34 @@ class LoaderBatches:
         transform: Callable,
         workers: int,
         device: torch.device,
-        share: Share,
+        shard: Shard,
     ) -> None:
         images.transform = None
         self.recipe, self.images, self.workers = recipe, images, workers
         self.augmented = Augmented(images, transform, recipe.seed)
-        self.device, self.share = device, share
+        self.device, self.shard = device, shard
 
     def __len__(self) -> int:
         return len(self.images) // self.recipe.batch_size
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         size = self.recipe.batch_size
-        index = order(self.recipe, len(self.images), number)
-        keys = [(number, position, int(i)) for position, i in enumerate(index)]
-        batches = [keys[step * size :][self.share.of(size)] for step in range(start, len(self))]
+        indices = epoch_indices(self.recipe, len(self.images), number)
+        keys = [(number, position, int(i)) for position, i in enumerate(indices)]
+        batches = [keys[step * size :][self.shard.of(size)] for step in range(start, len(self))]
         loader = DataLoader(
             self.augmented,
             batch_sampler=batches,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else the global one would be drawn from
+            generator=torch.Generator(),  # leaves the global generator untouched
         )
         for images, targets in loader:
             yield to_device(images, targets, self.device)
 
 
 class Augmented(Dataset):
-    """An image by (epoch, position in it, image number), augmented as those three decide."""
+    """Images by (epoch, position in the epoch, image index), which determine the augmentation."""
 
     def __init__(self, images: Any, transform: Callable, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
@@ -119,13 +124,13 @@ class Augmented(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
         epoch, position, index = key
         image, target = self.images[index]
-        with seeded(seed_of(self.seed, epoch, position)):
+        with seeded(derive_seed(self.seed, epoch, position)):
             return self.transform(image), target
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` for all that may augment; the generators go back afterwards."""
+    """Seed every generator that a transform may use, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -139,32 +144,31 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class StreamBatches:
-    """Images that come from shards or the Hub one after the other; timm shares them out.
+    """Images read in sequence from shards or the Hub; timm distributes them over processes.
 
-    A stream cannot be entered in its middle: to go on from `start`, what lies before is read and
-    passed over.
+    A stream has no random access: to resume at `start`, the batches before it are read and skipped.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         model: nn.Module,
-        place: Place,
+        config: DataConfig,
         workers: int,
         device: torch.device,
-        share: Share,
+        shard: Shard,
     ) -> None:
         if recipe.repeated_augmentation > 1 or recipe.on_device:
             raise UserError(
-                "a stream has no on_device and no repeated_augmentation: leave them out"
+                "streams support neither on_device nor repeated_augmentation: remove them"
             )
-        self.recipe, self.place, self.workers = recipe, place, workers
+        self.recipe, self.config, self.workers = recipe, config, workers
         self.transform = training_transform(recipe, model)
-        self.device, self.size = device, recipe.batch_size // share.processes
+        self.device, self.size = device, recipe.batch_size // shard.processes
         self.updates = len(self.open(seed=0)) // self.size
 
     def open(self, seed: int) -> Any:
-        images = load_training(self.recipe, self.place, seed=seed, batch_size=self.size)
+        images = load_training(self.recipe, self.config, seed=seed, batch_size=self.size)
         images.set_loader_cfg(num_workers=self.workers)
         return images
 
@@ -172,10 +176,10 @@ class StreamBatches:
         return self.updates
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        # A new stream each epoch: readers' own generators would go on from wherever they were.
-        seed = seed_of(self.recipe.seed, number)
+        # Reopened each epoch: a reader's own generator would continue from its last state.
+        seed = derive_seed(self.recipe.seed, number)
         images = self.open(seed >> 32)
-        images.transform = Counted(self.transform, seed)
+        images.transform = CountedTransform(self.transform, seed)
         loader = DataLoader(
             images,
             self.size,
@@ -188,8 +192,8 @@ class StreamBatches:
                 yield to_device(pixels, targets, self.device)
 
 
-class Counted:
-    """A transform whose random numbers follow from a seed and how many images came before."""
+class CountedTransform:
+    """A transform seeded by the number of images that this worker has transformed before."""
 
     def __init__(self, transform: Callable, seed: int) -> None:
         self.transform, self.seed, self.count = transform, seed, 0
@@ -199,21 +203,21 @@ class Counted:
         worker = 0 if info is None else info.id
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.count += 1
-        with seeded(seed_of(self.seed, rank, worker, self.count)):
+        with seeded(derive_seed(self.seed, rank, worker, self.count)):
             return self.transform(image)
 
 
 class DeviceBatches:
-    """A data set of small images as one tensor on the device, augmented there, a batch at a time.
+    """A data set of small images in one tensor on the device, augmented there by the batch.
 
-    The augmentations are torchvision's RandomCrop (size of the images, padding with zeros) and
-    RandomHorizontalFlip, with the same distribution, drawn anew for every image. A crop and a flip
-    are one gather from the padded images.
+    Supports torchvision's RandomCrop (to the images' size, zero padding) and RandomHorizontalFlip
+    with the same distribution per image; crop and flip are one gather from the padded images. The
+    recipe's `resolutions` resize the cropped images.
 
     Raises UserError for any other augmentation.
     """
 
-    def __init__(self, recipe: Recipe, images: Any, device: torch.device, share: Share) -> None:
+    def __init__(self, recipe: Recipe, images: Any, device: torch.device, shard: Shard) -> None:
         pixels, targets = zip(*(images[i] for i in range(len(images))), strict=True)
         stack = torch.from_numpy(
             np.stack([np.asarray(image) for image in pixels])
@@ -227,23 +231,23 @@ class DeviceBatches:
         self.mean, self.std = (
             255 * torch.tensor(recipe.preprocessing[k], device=device) for k in ("mean", "std")
         )
-        self.recipe, self.device, self.share = recipe, device, share
+        self.recipe, self.device, self.shard = recipe, device, shard
 
     def __len__(self) -> int:
         return len(self.targets) // self.recipe.batch_size
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         size = self.recipe.batch_size
-        index = order(self.recipe, len(self.targets), number)
+        indices = epoch_indices(self.recipe, len(self.targets), number)
         side = self.recipe.resolution(number + 1)
+        mine = self.shard.of(size)
         for step in range(start, len(self)):
             draw = np.random.default_rng([self.recipe.seed, number, step])
             top, left = draw.integers(0, 2 * self.padding + 1, (2, size))
             flip = draw.random(size) < self.flip_p
-            mine = self.share.of(size)
-            chosen = index[step * size :][mine]
-            pixels, targets = self.gather(chosen, top[mine], left[mine], flip[mine])
-            yield resize(pixels, side), targets
+            index = indices[step * size :][mine]
+            pixels, targets = self.gather(index, top[mine], left[mine], flip[mine])
+            yield pixels if side is None else resize(pixels, side), targets
 
     def gather(
         self, index: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray
@@ -257,29 +261,30 @@ class DeviceBatches:
 
 
 def resize(pixels: Tensor, side: int) -> Tensor:
-    """Images (N, C, H, W) to `side` pixels, bilinear with antialiasing; the shape of others."""
+    """Resize (B, C, H, W) to (B, C, side, side), bilinear with antialiasing."""
     if pixels.shape[-2:] == (side, side):
         return pixels
     return interpolate(pixels, (side, side), mode="bilinear", antialias=True)
 
 
 def crop_and_flip(recipe: Recipe, size: Sequence[int]) -> tuple[int, float]:
-    """The padding of RandomCrop and the probability of RandomHorizontalFlip."""
+    """Return RandomCrop's padding and RandomHorizontalFlip's probability; raises UserError."""
     padding, p = 0, 0.0
     if recipe.erasing is not None:
-        raise UserError("on_device has no erasing: leave it out, or set on_device: false")
-    for name, given in ((k, v) for step in recipe.augmentation for k, v in step.items()):
-        arguments = dict(given)
-        if name == "RandomCrop" and arguments.pop("size", None) in (size[0], list(size)):
-            padding = arguments.pop("padding", 0)
+        raise UserError("on_device does not support erasing: remove it, or set on_device: false")
+    for name, arguments in (item for step in recipe.augmentation for item in step.items()):
+        unsupported = dict(arguments)
+        if name == "RandomCrop" and unsupported.pop("size", None) in (size[0], list(size)):
+            padding = unsupported.pop("padding", 0)
         elif name == "RandomHorizontalFlip":
-            p = arguments.pop("p", 0.5)
+            p = unsupported.pop("p", 0.5)
         else:
-            arguments[name] = "unknown"
-        if arguments or not isinstance(padding, int):
+            unsupported[name] = arguments
+        if unsupported or not isinstance(padding, int):
             raise UserError(
-                f"on_device has no {name} with {given}: it has RandomCrop of the images' size with "
-                "one padding, and RandomHorizontalFlip; else set on_device: false"
+                f"on_device does not support {name} with {arguments}, only RandomCrop to the size "
+                "of the images with one padding, and RandomHorizontalFlip: change the "
+                "augmentation, or set on_device: false"
             )
     return padding, p
 

@@ -1,4 +1,4 @@
-"""Recipes: all that decides a training run, read from the YAML files in recipes/."""
+"""Recipes: all settings that determine the result of a training run, read from YAML."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,81 +13,90 @@ from kn_zoo.checkpoints.manifest import norm_of
 
 
 class UserError(Exception):
-    """Bad input; the message is one line that says what to do."""
+    """Bad input; the message is one line that names the fix."""
 
 
 @dataclass
 class Recipe:
-    """One training run; the YAML files hold these fields."""
+    """One training run. A YAML file sets these fields, and `variants` of them by name.
 
-    name: str  # architecture.tag
-    model_args: dict[str, Any]
-    dataset: str  # evaluated on: a name of kn_zoo.data, or of timm's create_dataset
-    train_split: str  # "train", or of a set of kn_zoo.data "train[:10000]": its first images
-    eval_split: str
-    preprocessing: dict[str, Any]  # of evaluation; mean and std of training too
-    epochs: int
-    batch_size: int  # images an update, over all devices and accumulated steps
+    `lr` is accepted in place of `optimizer.lr`; the scheduler's `min_lr` and `warmup_lr` then keep
+    their ratio to it.
+    """
+
+    name: str  # architecture.tag of the checkpoint
+    model_args: dict[str, Any]  # keyword arguments of the network
+    dataset: str  # data set to evaluate on: a name in kn_zoo.data or of timm's create_dataset
+    train_split: str  # split to train on; "train[:10000]" selects the first images (kn_zoo.data)
+    eval_split: str  # split to evaluate on
+    preprocessing: dict[str, Any]  # of evaluation, as in pretrained_cfg; training shares mean, std
+    epochs: int  # number of epochs
+    batch_size: int  # images per update, summed over devices and accumulation steps
     optimizer: dict[str, Any]  # arguments of timm's create_optimizer_v2
-    scheduler: dict[str, Any]  # of timm's create_scheduler_v2; every update unless step_on_epochs
-    licenses: dict[str, str]
-    train_dataset: str | None = None  # timm's name of the training images, if not `dataset`
-    num_classes: int | None = None  # where the data set does not say it
-    augmentation: list[dict[str, dict]] = field(default_factory=list)  # torchvision, on PIL images
+    scheduler: dict[str, Any]  # of timm's create_scheduler_v2; per update unless step_on_epochs
+    licenses: dict[str, str]  # of code, weights and data
+    train_dataset: str | None = None  # data set to train on, if not `dataset`: a name of timm's
+    num_classes: int | None = None  # number of classes, if the data set does not provide it
+    augmentation: list[dict[str, dict]] = field(default_factory=list)  # torchvision transforms
     erasing: dict[str, Any] | None = None  # arguments of torchvision's RandomErasing
     mixup: dict[str, Any] | None = None  # arguments of timm's Mixup
-    repeated_augmentation: int = 1  # times that an image that is drawn comes, differently augmented
-    resolutions: dict[int, int] = field(default_factory=dict)  # first epoch (from 1): image side
-    label_smoothing: float = 0.0
-    accumulation: int = 1  # parts that a batch goes through the network in
-    mixed_precision: str = "no"  # or bf16; evaluation is in float32
-    channels_last: bool = True
-    compile: bool = False  # the training step; evaluation is eager
-    on_device: bool = False  # the images lie in one tensor and are augmented there
-    ema_decay: float | None = None  # evaluate, and store, the moving average of the weights
-    ema_warmup: bool = False  # a decay that rises to ema_decay, for short runs
-    stored_dtype: str = "float32"
-    sampled_draws: int = 5  # evaluations under random statistics, averaged
-    held_out: float = 0.0  # share of the training images that progress is measured on, not the test
-    updates: int | None = None  # a run cut off there, on the schedule of the whole one
-    seed: int = 0
+    repeated_augmentation: int = 1  # augmented copies of each sampled image in a batch
+    resolutions: dict[int, int] = field(default_factory=dict)  # {first epoch (from 1): image side}
+    label_smoothing: float = 0.0  # of the cross-entropy loss
+    accumulation: int = 1  # forward and backward passes per update (gradient accumulation)
+    mixed_precision: str = "no"  # "no" or "bf16" in training; evaluation runs in float32
+    channels_last: bool = True  # memory format of network and images
+    compile: bool = False  # torch.compile the training step; evaluation is eager
+    on_device: bool = False  # keep the training images on the device and augment them there
+    ema_decay: float | None = (
+        None  # evaluate and store a moving average of the weights
+    )
+    ema_warmup: bool = False  # increase the decay up to ema_decay, for short runs
+    stored_dtype: str = "float32"  # of stored weights; float32 if rounding changes a prediction
+    sampled_draws: int = 5  # evaluations to average under "sampled" inference statistics
+    held_out: float = 0.0  # fraction of training images held out to evaluate each epoch on
+    updates: int | None = None  # stop after this many updates; the schedule remains the full run's
+    seed: int = 0  # of initialization, order, augmentation and dropout
+
+    def __post_init__(self) -> None:
+        if self.resolutions:
+            _check_resolutions(self)
 
     @classmethod
     def read(cls, path: Path, variant: str | None = None) -> "Recipe":
-        """The recipe of a file, which may be named, or one of the `variants` that a file lists.
-
-        Raises UserError, naming what would have been right.
-        """
-        settings = contents(path)
-        variants = settings.pop("variants", None)
+        """Read a recipe, or one of the variants of a file; raises UserError."""
+        fields = _read_yaml(path)
+        variants = fields.pop("variants", None)
         if variants is not None:
             if variant not in variants:
-                raise UserError(f"{path} holds several recipes; name one: {' '.join(variants)}")
-            settings = merged(settings | {"name": variant}, variants[variant] or {})
-        elif variant not in (None, settings.get("name")):
-            raise UserError(f"{path} holds one recipe, {settings.get('name')}: name that or none")
-        rate = settings.pop("lr", None)
+                raise UserError(f"{path} contains several recipes; name one: {' '.join(variants)}")
+            fields = _merge(fields | {"name": variant}, variants[variant] or {})
+        elif variant not in (None, fields.get("name")):
+            raise UserError(f"{path} contains only the recipe {fields.get('name')}, not {variant}")
+        lr = fields.pop("lr", None)
         try:
-            recipe = cls(**settings)
-            return recipe if rate is None else recipe.with_rate(rate)
+            recipe = cls(**fields)
+            return recipe if lr is None else recipe.with_lr(lr)
         except TypeError as error:
-            raise _no_recipe(path, error) from None
+            raise _invalid_recipe(path, error) from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     @property
     def architecture(self) -> str:
         return self.name.partition(".")[0]
 
-    def resolution(self, epoch: int) -> int:
-        """Side of the training images, in pixels, in an epoch (from 1)."""
-        begun = [side for first, side in sorted(self.resolutions.items()) if first <= epoch]
-        return begun[-1] if begun else self.preprocessing["input_size"][-1]
-
     @property
     def norm(self) -> str:
         return norm_of(self.architecture, self.model_args)
 
-    def with_rate(self, lr: float) -> "Recipe":
-        """The same with another learning rate; the schedule's other rates keep their ratio."""
+    def resolution(self, epoch: int) -> int | None:
+        """Return the side of the training images in an epoch (from 1); None: not resized."""
+        started = [first for first in self.resolutions if first <= epoch]
+        return self.resolutions[max(started)] if started else None
+
+    def with_lr(self, lr: float) -> "Recipe":
+        """Return a copy with another learning rate; the scheduler's rates keep their ratio."""
         factor = lr / self.optimizer["lr"]
         rates = {
             k: self.scheduler[k] * factor for k in ("min_lr", "warmup_lr") if k in self.scheduler
@@ -97,40 +106,63 @@ class Recipe:
         )
 
 
-BLAMED = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+def _check_resolutions(recipe: Recipe) -> None:
+    resolutions, size = recipe.resolutions, recipe.preprocessing["input_size"][1:]
+    if not recipe.on_device:
+        raise UserError("resolutions require on_device: true")
+    numbers = [*resolutions, *resolutions.values()]
+    if min(resolutions) != 1 or not all(isinstance(n, int) and n >= 1 for n in numbers):
+        raise UserError(
+            f"resolutions must map first epochs, starting at 1, to sides in pixels: {resolutions}"
+        )
+    last = recipe.resolution(recipe.epochs)
+    if [last, last] != list(size):
+        raise UserError(
+            f"resolutions must end at the full size {size[0]} x {size[1]}, but epoch "
+            f"{recipe.epochs} has {last} x {last}: change resolutions or epochs"
+        )
+
+
+INVALID_SETTING = (
+    AttributeError,
+    AssertionError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextmanager
-def settings(name: str) -> Iterator[None]:
-    """Turns what a library says of the recipe's settings into a UserError that names them."""
+def recipe_settings(name: str) -> Iterator[None]:
+    """Convert a library's error about the recipe's settings to a UserError that names them."""
     try:
         yield
-    except BLAMED as error:
+    except INVALID_SETTING as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the recipe's {name} will not do: {reason}") from None
+        raise UserError(f"invalid {name} settings in the recipe: {reason}") from None
 
 
-def contents(path: Path) -> dict[str, Any]:
-    """What a file of recipes says; raises UserError."""
+def variant_names(path: Path) -> list[str | None]:
+    """Return the names of a file's variants, or [None] if it contains a single recipe."""
+    return list(_read_yaml(path).get("variants") or [None])
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise _no_recipe(path, error) from None
+        raise _invalid_recipe(path, error) from None
 
 
-def _no_recipe(path: Path, error: Exception) -> UserError:
-    known = ", ".join(Recipe.__dataclass_fields__)
-    return UserError(f"{path} is not a recipe ({error}); its fields are: {known}")
+def _invalid_recipe(path: Path, error: Exception) -> UserError:
+    fields = ", ".join(Recipe.__dataclass_fields__)
+    return UserError(f"{path} is not a recipe ({error}); the fields of a recipe are: {fields}")
 
 
-def names(path: Path) -> list[str | None]:
-    """The variants that a file lists, or [None] for a file of one recipe."""
-    return list(contents(path).get("variants") or [None])
-
-
-def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with changes on top; mappings are merged key by key."""
-    result = deepcopy(settings)
+def _merge(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields with changes on top; mappings are merged by key, one level deep."""
+    result = deepcopy(fields)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = result[key] | value if both else deepcopy(value)

@@ -1,12 +1,16 @@
-"""One training run: a network on its way through a recipe, resumable at any update."""
+"""One training run of a recipe, resumable at any update."""
 
+import csv
+import io
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,37 +30,38 @@ import kn_zoo  # noqa: F401  registers the networks
 from kn_zoo.checkpoints import manifest
 from kn_zoo.checkpoints.predictions import Predictions
 from kn_zoo.evaluation.predict import eval_transform, exact_float32, predict
-from kn_zoo.training import data, resume
-from kn_zoo.training.batches import Share, create_batches, seed_of, seeded
-from kn_zoo.training.data import Place
-from kn_zoo.training.recipe import Recipe, UserError, settings
+from kn_zoo.training import data
+from kn_zoo.training.batches import Shard, create_batches, derive_seed, seeded
+from kn_zoo.training.data import DataConfig
+from kn_zoo.training.recipe import Recipe, UserError, recipe_settings
+from kn_zoo.training.resume import restore_state, save_state
 
 LOG = "train_log.csv"
-PULSE = 10  # updates between looks at the loss, each of which waits for the device
+SYNC_UPDATES = 10  # updates between reads of the loss, each of which waits for the device
 console = Console(stderr=True)
 
 
 @dataclass
-class Pace:
-    """What changes how a run proceeds, and not what comes of it."""
+class RunConfig:
+    """Settings that affect how a run proceeds, but not its result."""
 
     workers: int = 0  # processes that decode images
-    checkpoint_minutes: float = 10.0
-    minutes: float = math.inf  # stop resumably after that time
+    save_minutes: float = 10.0  # time between training states
+    minutes: float = math.inf  # time after which the run stops, to be resumed
     start: float = field(default_factory=time.monotonic)
 
-    def over(self) -> bool:
+    def time_is_up(self) -> bool:
         return time.monotonic() - self.start > 60 * self.minutes
 
 
 class Diverged(UserError):
-    """The loss is not finite any more."""
+    """The loss is no longer finite."""
 
 
 class Interrupted(Exception):
-    """A signal or the clock ended the run early; a checkpoint was written.
+    """A signal or the time limit stopped the run; its training state is written.
 
-    `status` is for the shell: 128 and the signal's number, or 75, "try again", for the clock.
+    `status` is the exit status: 128 + signal, or 75 (EX_TEMPFAIL) for the time limit.
     """
 
     def __init__(self, reason: str, status: int) -> None:
@@ -65,13 +70,13 @@ class Interrupted(Exception):
 
 
 @dataclass
-class State:
-    """How far a run has come; goes through checkpoints."""
+class RunProgress:
+    """Progress of a run, part of its training state."""
 
     updates: int = 0
     seconds: float = 0.0  # spent in updates
-    loss: Tensor | None = None  # sum over the updates of the epoch that is under way
-    rows: list[dict[str, float]] = field(default_factory=list)  # one a finished epoch
+    loss: Tensor | None = None  # sum over the updates of the current epoch
+    rows: list[dict[str, float]] = field(default_factory=list)  # log of the finished epochs
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -81,81 +86,92 @@ class State:
 
 
 class Trainer:
-    """The network of a recipe, in `folder`, with everything that trains and evaluates it.
+    """The network of a recipe with everything that trains and evaluates it.
 
     Args:
-        progress_on: what each epoch's accuracy is measured on, `None` for the evaluation split.
-        training_images: by default those of the recipe.
+        recipe: settings that determine the result.
+        folder: run folder, for training states and logs.
+        data_config: where data sets are stored.
+        run_config: settings that do not affect the result.
+        training_images: by default the recipe's.
+        progress_images: images to evaluate each epoch on; by default the recipe's held-out images,
+            else its evaluation split.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         folder: Path,
-        place: Place,
-        pace: Pace,
+        data_config: DataConfig,
+        run_config: RunConfig,
         training_images: Any = None,
-        progress_on: Any = None,
+        progress_images: Any = None,
     ) -> None:
-        self.recipe, self.folder, self.pace = recipe, folder, pace
+        self.recipe, self.folder, self.run_config = recipe, folder, run_config
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes would not meet there
+            cpu=not torch.accelerator.is_available(),  # else CPU processes form no group
             mixed_precision=recipe.mixed_precision,
             log_with="tensorboard",
             project_config=ProjectConfiguration(logging_dir=str(folder)),
         )
-        share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        parts = share.processes * recipe.accumulation * (2 if recipe.mixup else 1)  # it mixes pairs
-        if recipe.batch_size % parts:
+        shard = Shard(self.accelerator.process_index, self.accelerator.num_processes)
+        divisor = shard.processes * recipe.accumulation * (2 if recipe.mixup else 1)  # mixes pairs
+        if recipe.batch_size % divisor:
             raise UserError(
-                f"batch_size {recipe.batch_size} must be a multiple of {parts}: "
+                f"batch_size {recipe.batch_size} must be a multiple of {divisor}: "
                 "processes x accumulation, x 2 with mixup"
             )
-        # Each process has masks of its own; the weights are those of the first.
+        # Each process draws its own dropout masks; the initial weights are the first one's.
         set_seed(recipe.seed, device_specific=True)
         torch.backends.cudnn.benchmark = True
-        with exact_float32():  # leaves the defaults said aloud; a compiled step heeds that too
+        with exact_float32():  # sets the defaults explicitly, which a compiled step depends on
             pass
         train_set = training_images
         if train_set is None:
-            train_set = data.load_training(recipe, place)
-        self.test_set = data.load(recipe.dataset, recipe.eval_split, place)
+            train_set = data.load_training(recipe, data_config)
+        self.test_set = data.load(recipe.dataset, recipe.eval_split, data_config)
         self.class_names = data.class_names(self.test_set, recipe)
         network = create_model(recipe, len(self.class_names)).to(self.accelerator.device)
         if training_images is None and recipe.held_out:
-            train_set, progress_on = data.split_off(train_set, recipe.held_out)
-        self.progress_set = self.test_set if progress_on is None else progress_on
-        for each in (self.test_set, self.progress_set):
-            each.transform = eval_transform(network)
+            train_set, progress_images = data.split_off(train_set, recipe.held_out)
+        self.progress_set = self.test_set if progress_images is None else progress_images
+        for images in (self.test_set, self.progress_set):
+            images.transform = eval_transform(network)
         self.batches = create_batches(
-            recipe, train_set, network, place, pace.workers, self.accelerator.device, share
+            recipe,
+            train_set,
+            network,
+            data_config,
+            run_config.workers,
+            self.accelerator.device,
+            shard,
         )
-        if recipe.on_device:  # decoding them anew each epoch would take longer than to train
+        if recipe.on_device:  # decoding each epoch would take longer than training
             self.progress_set = data.InMemory(self.progress_set)
         self.prepare(network)
 
     def prepare(self, network: nn.Module) -> None:
-        """Hand the network to Accelerate, with all that changes it or is changed with it."""
+        """Create optimizer, scheduler, average and loss, and pass them to Accelerate."""
         recipe = self.recipe
-        self.state, self.ema = State(), None
-        self.accelerator.register_for_checkpointing(self.state)
+        self.progress, self.ema = RunProgress(), None
+        self.accelerator.register_for_checkpointing(self.progress)
         if recipe.ema_decay is not None:
             self.ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
-        with settings("optimizer"):
+        with recipe_settings("optimizer"):
             optimizer = create_optimizer_v2(network, **recipe.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        # Without the wrapper that casts: evaluation is in float32, and training casts by itself.
+        # Without Accelerate's autocast wrapper: evaluation is float32, training autocasts itself.
         self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.evaluated = self.network if self.ema is None else self.ema.module
-        torch.compiler.reset()  # of what another seed's run left behind
-        # Each resolution is compiled for itself: a graph for any size is slower.
+        torch.compiler.reset()  # drops what a previous run compiled
+        # Each resolution is compiled separately: a graph for dynamic sizes is slower.
         dynamic = False if recipe.resolutions else None
         self.forward = self.model
         if recipe.compile:
             self.forward = torch.compile(self.model, dynamic=dynamic)
         self.by_epoch = recipe.scheduler.get("step_on_epochs", False)
-        with settings("scheduler"):
+        with recipe_settings("scheduler"):
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer,
                 num_epochs=recipe.epochs,
@@ -165,181 +181,193 @@ class Trainer:
         smoothing, self.mixup = recipe.label_smoothing, None
         if recipe.mixup:
             classes = len(self.class_names)
-            with settings("mixup"):
+            with recipe_settings("mixup"):
                 self.mixup = Mixup(num_classes=classes, label_smoothing=smoothing, **recipe.mixup)
             smoothing = 0.0
         self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     @property
     def updates(self) -> int:
-        """Of the whole run."""
-        whole = self.recipe.epochs * len(self.batches)
-        return min(self.recipe.updates or whole, whole)
+        """Number of updates of the run."""
+        total = self.recipe.epochs * len(self.batches)
+        return min(self.recipe.updates or total, total)
 
     def train(self) -> None:
-        """Go on from the last checkpoint to the recipe's end.
+        """Train from the last training state to the end of the recipe.
 
-        Raises Interrupted after a signal or `pace.minutes`, Diverged.
+        Raises Interrupted after a signal or `run_config.minutes`, Diverged.
         """
-        if found := resume.restore(self.accelerator, self.folder, console):
-            self.say(f"resumed from {found}")
+        if state := restore_state(self.accelerator, self.folder, console):
+            self.log(f"resumed from {state}")
         self.accelerator.init_trackers(
-            "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.state.updates}}
+            "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.updates}}
         )
-        begin = self.state.updates
-        self.saved_at = self.looked_at = time.monotonic()
-        self.losses: list[Tensor] = []  # not looked at yet
-        with progress_bar(self.accelerator) as self.bar, stop_signals() as self.signals:
+        first = self.progress.updates
+        self.saved_at = self.synced_at = time.monotonic()
+        self.losses: list[Tensor] = []  # since the last sync
+        with progress_bar(self.accelerator) as self.bar, defer_signals() as self.signals:
             self.task = self.bar.add_task(
-                self.recipe.name, total=self.updates, completed=begin, loss=math.nan, rate=0
+                self.recipe.name, total=self.updates, completed=first, loss=math.nan, rate=0
             )
-            while self.state.updates < self.updates:
+            while self.progress.updates < self.updates:
                 self.train_epoch()
-            if self.state.updates > begin:
+            if self.progress.updates > first:
                 self.save()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def train_epoch(self) -> None:
-        epoch, state = len(self.state.rows), self.state
+        progress = self.progress
+        epoch = len(progress.rows)
         first = epoch * len(self.batches)
-        if state.loss is None:
-            state.loss = torch.zeros((), device=self.accelerator.device)
+        if progress.loss is None:
+            progress.loss = torch.zeros((), device=self.accelerator.device)
         self.network.train()
-        begin = time.perf_counter()
-        for pixels, targets in self.batches.epoch(epoch, state.updates - first):
+        start = time.perf_counter()
+        for pixels, targets in self.batches.epoch(epoch, progress.updates - first):
             if self.mixup is not None:
-                with seeded(seed_of(self.recipe.seed, state.updates)):
+                with seeded(derive_seed(self.recipe.seed, progress.updates)):
                     pixels, targets = self.mixup(pixels, targets)
             loss = self.update(pixels, targets)
-            state.updates += 1
-            state.loss = state.loss.to(loss.device) + loss
+            progress.updates += 1
+            progress.loss = progress.loss.to(loss.device) + loss
             self.losses.append(loss)
             if not self.by_epoch:
-                self.scheduler.step_update(state.updates)
+                self.scheduler.step_update(progress.updates)
             if self.ema is not None:
-                self.ema.update(self.network, state.updates)
-            if state.updates == self.updates:
+                self.ema.update(self.network, progress.updates)
+            if progress.updates == self.updates:
                 break
             now = time.perf_counter()
-            state.seconds, begin = state.seconds + now - begin, now
-            self.pulse()
-        state.seconds += time.perf_counter() - begin
-        self.look_at_losses()
-        self.end_epoch(epoch, state.updates - first)
+            progress.seconds, start = progress.seconds + now - start, now
+            self.after_update()
+        progress.seconds += time.perf_counter() - start
+        self.sync_losses()
+        self.end_epoch(epoch, progress.updates - first)
 
     def update(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """One step of the optimizer; returns the mean loss of this process's images."""
+        """Take an optimizer step; returns the mean loss of this process's images."""
         pixels = pixels.to(memory_format=memory_format(self.recipe))
-        parts = self.recipe.accumulation
+        steps = self.recipe.accumulation
         total = torch.zeros((), device=self.accelerator.device)
-        for i, (x, y) in enumerate(zip(pixels.chunk(parts), targets.chunk(parts), strict=True)):
-            last = i + 1 == parts
+        for i, (x, y) in enumerate(zip(pixels.chunk(steps), targets.chunk(steps), strict=True)):
+            last = i + 1 == steps
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     logits = self.forward(x)
-                loss = self.criterion(logits.float(), y) / parts
+                loss = self.criterion(logits.float(), y) / steps
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
 
-    def pulse(self) -> None:
-        """Between two updates: look at the loss, save if it is time, stop if that is asked for."""
-        on_beat = self.state.updates % PULSE == 0
-        if on_beat:
-            self.look_at_losses()
-        alone = self.accelerator.num_processes == 1
-        if not (on_beat or alone):  # only all processes together can save
+    def after_update(self) -> None:
+        """Check the loss, save the training state if due, and stop if requested."""
+        sync = self.progress.updates % SYNC_UPDATES == 0
+        if sync:
+            self.sync_losses()
+        single = self.accelerator.num_processes == 1
+        if not (sync or single):  # saving needs all processes
             return
-        late = time.monotonic() - self.saved_at > 60 * self.pace.checkpoint_minutes
-        stop = bool(self.signals) or self.pace.over()
-        if not alone:
-            wishes = torch.tensor([int(late), int(stop)], device=self.accelerator.device)
-            late, stop = self.accelerator.reduce(wishes).tolist()
-        if late or stop:
+        due = time.monotonic() - self.saved_at > 60 * self.run_config.save_minutes
+        stop = bool(self.signals) or self.run_config.time_is_up()
+        if not single:
+            requests = torch.tensor([int(due), int(stop)], device=self.accelerator.device)
+            due, stop = self.accelerator.reduce(requests).tolist()
+        if due or stop:
             self.save()
         if stop:
             number = self.signals[0] if self.signals else 0
-            why = signal.Signals(number).name if number else "the time is up"
+            reason = signal.Signals(number).name if number else "time limit reached"
             raise Interrupted(
-                f"{why} after {self.state.updates} of {self.updates} updates; the same command "
-                "goes on from there",
+                f"{reason} after {self.progress.updates} of {self.updates} updates; rerun the same "
+                "command to resume",
                 128 + number if number else 75,
             )
 
-    def look_at_losses(self) -> None:
-        """Raise Diverged if one since the last look is not finite, else log the last one."""
+    def sync_losses(self) -> None:
+        """Log the last loss; raises Diverged if one since the last sync is not finite."""
         if not self.losses:
             return
-        done, epoch = self.state.updates, len(self.state.rows)
-        values = torch.stack(self.losses).tolist()
-        for i, value in enumerate(values, done - len(values) - epoch * len(self.batches)):
-            if not math.isfinite(value):
+        done, epoch = self.progress.updates, len(self.progress.rows)
+        losses = torch.stack(self.losses).tolist()
+        for i, loss in enumerate(losses, done - len(losses) - epoch * len(self.batches)):
+            if not math.isfinite(loss):
                 raise Diverged(
-                    f"the loss is {value} at batch {i} of epoch {epoch + 1}: lower the learning "
-                    f"rate; the checkpoints in {self.folder} are of before"
+                    f"the loss is {loss} at batch {i} of epoch {epoch + 1}: lower the learning "
+                    f"rate; the training states in {self.folder} are from before"
                 )
         self.losses.clear()
-        self.accelerator.log({"loss": values[-1], "lr": self.rate}, step=done)
+        self.accelerator.log({"loss": losses[-1], "lr": self.lr}, step=done)
         now = time.monotonic()
         self.bar.update(
             self.task,
             completed=done,
             description=f"epoch {epoch + 1}/{self.recipe.epochs}",
-            loss=values[-1],
-            rate=len(values) * self.recipe.batch_size / (now - self.looked_at),
+            loss=losses[-1],
+            rate=len(losses) * self.recipe.batch_size / (now - self.synced_at),
         )
-        self.looked_at = now
+        self.synced_at = now
 
     @property
-    def rate(self) -> float:
+    def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def end_epoch(self, epoch: int, updates: int) -> None:
-        """Measure the accuracy and write the epoch's row."""
-        state = self.state
-        rate = self.rate
+        """Evaluate, and append the epoch to the log."""
+        progress, lr = self.progress, self.lr
         if self.by_epoch:
             self.scheduler.step(epoch + 1)
-        loss = float(self.accelerator.reduce(state.loss, "mean")) / updates
-        found = self.evaluate(self.progress_set)
-        row = {"epoch": epoch + 1, "loss": loss, "top1": found.top1, "top5": found.top5, "lr": rate}
-        state.rows.append(row)
-        state.loss = None
-        self.accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=state.updates)
+        loss = float(self.accelerator.reduce(progress.loss, "mean")) / updates
+        accuracy = self.evaluate(self.progress_set)
+        row = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "top1": accuracy.top1,
+            "top5": accuracy.top5,
+            "lr": lr,
+        }
+        progress.rows.append(row)
+        progress.loss = None
+        self.accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=progress.updates)
         if self.accelerator.is_main_process:
-            write_log(self.folder / LOG, state.rows)
-        self.say("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
+            write_csv(self.folder / LOG, progress.rows, float_format=".6g")
+        self.log("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
 
     def save(self) -> None:
-        self.look_at_losses()
-        if self.state.loss is not None:  # the main process's sum is the one that is stored
-            self.state.loss = self.accelerator.reduce(self.state.loss, "mean")
-        resume.save(self.accelerator, self.folder, self.state.updates)
+        """Write the training state."""
+        self.sync_losses()
+        if self.progress.loss is not None:  # only the main process's sum is stored
+            self.progress.loss = self.accelerator.reduce(self.progress.loss, "mean")
+        save_state(self.accelerator, self.folder, self.progress.updates)
         self.saved_at = time.monotonic()
 
     def evaluate(self, dataset: Any, progress: str | None = None) -> Predictions:
-        """Predictions for every image, each made by one process, known to all of them."""
+        """Predict every image once, distributed over the processes; all get all predictions."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        device = self.accelerator.device
-        workers = 0 if self.recipe.on_device else self.pace.workers
-        options = dict(device=device, workers=workers, progress=progress if rank == 0 else None)
+        predict_images = partial(
+            predict,
+            self.evaluated,
+            device=self.accelerator.device,
+            workers=0 if self.recipe.on_device else self.run_config.workers,
+            progress=progress if rank == 0 else None,
+        )
         if processes == 1:
-            return predict(self.evaluated, dataset, **options)
-        for tensor in self.evaluated.buffers():  # each process counted its own images in them
+            return predict_images(dataset)
+        for tensor in self.evaluated.buffers():  # each process updated its own
             tensor.copy_(broadcast(tensor.clone()))
-        mine = data.Part(dataset, range(rank, len(dataset), processes))
-        return interleave(gather_object([predict(self.evaluated, mine, **options)]))
+        own: Any = data.Subset(dataset, range(rank, len(dataset), processes))
+        return interleave(gather_object([predict_images(own)]))
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Print a line on the main process."""
         if self.accelerator.is_main_process:
             console.print(text, highlight=False, soft_wrap=True)
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    with settings("name, preprocessing or model_args"):
+    with recipe_settings("name, preprocessing or model_args"):
         model = timm.create_model(
             recipe.architecture,
             num_classes=num_classes,
@@ -354,21 +382,31 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
-def interleave(parts: list[Predictions]) -> Predictions:
-    """Predictions for images 0, n, 2n ... and 1, n + 1 ... and so on, as one in order."""
-    images = sum(len(part.targets) for part in parts)
+def interleave(shards: list[Predictions]) -> Predictions:
+    """Merge predictions for images 0, n, 2n ...; 1, n + 1 ...; and so on into one in order."""
+    images = sum(len(shard.targets) for shard in shards)
     columns = {}
     for name in ("indices", "logits", "targets", "missed"):
-        arrays = [getattr(part, name) for part in parts]
+        arrays = [getattr(shard, name) for shard in shards]
         columns[name] = np.empty((images, *arrays[0].shape[1:]), arrays[0].dtype)
         for first, array in enumerate(arrays):
-            columns[name][first :: len(parts)] = array
+            columns[name][first :: len(shards)] = array
     return Predictions(**columns)
 
 
-def write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    lines = [",".join(rows[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in rows)]
-    manifest.write_text(path, "\n".join(lines) + "\n")
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], comment: str = "", float_format: str = ""
+) -> None:
+    """Write a table; the lines of `comment` precede it, each after "# "."""
+    text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in comment.splitlines())
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        table.writerow(
+            {k: format(v, float_format) if isinstance(v, float) else v for k, v in row.items()}
+        )
+    manifest.write_text(path, text.getvalue())
 
 
 def progress_bar(accelerator: Accelerator) -> Progress:
@@ -384,20 +422,19 @@ def progress_bar(accelerator: Accelerator) -> Progress:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM instead of dying of it; a second one does what it did
-    before."""
-    found: list[int] = []
-    before = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+def defer_signals() -> Iterator[list[int]]:
+    """Defer the first SIGINT or SIGTERM; restore the handler for the next."""
+    received: list[int] = []
+    handlers = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, frame: Any) -> None:
-        found.append(number)
-        signal.signal(number, before[number])
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, handlers[number])
 
-    for number in before:
-        signal.signal(number, note)
+    for number in handlers:
+        signal.signal(number, handle)
     try:
-        yield found
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

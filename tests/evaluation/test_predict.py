@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def digits(count: int = 60) -> data.Digits:
 def network() -> nn.Module:
     """An untrained network whose logits are as large as a trained one's."""
     torch.manual_seed(0)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "knpreactresnet20_cifar", num_classes=10, in_chans=1, pretrained_cfg_overlay=GREY
     )
     with torch.no_grad():
@@ -52,10 +54,8 @@ class Table(nn.Module):
 class Numbers(list):
     """The data set to that network."""
 
-    class_names = ()
-
-    def transform(self, number: int) -> int:
-        return number
+    class_names: list[str] = []  # noqa: RUF012
+    transform: Callable[[Any], Any] | None = staticmethod(lambda number: number)
 
 
 def predictions(logits: np.ndarray, targets: np.ndarray | None = None) -> Predictions:
@@ -241,12 +241,12 @@ def test_other_targets_and_numbers_that_are_none_are_mismatches() -> None:
     targets = stored.targets.copy()
     targets[4] = 1
     assert compare(stored, dataclasses.replace(stored, targets=targets)).mismatches.tolist() == [4]
-    for bad, which in itertools.product((np.nan, np.inf), (0, 1)):
-        broken = stored.logits.copy()
-        broken[7, 0] = bad
-        pair = [stored, stored]
-        pair[which] = dataclasses.replace(stored, logits=broken)
-        assert compare(*pair).mismatches.tolist() == [7]
+    for bad, swap in itertools.product((np.nan, np.inf), (False, True)):
+        logits = stored.logits.copy()
+        logits[7, 0] = bad
+        broken = dataclasses.replace(stored, logits=logits)
+        recomputed, before = (stored, broken) if swap else (broken, stored)
+        assert compare(recomputed, before).mismatches.tolist() == [7]
 
 
 def test_other_shapes_cannot_be_compared() -> None:

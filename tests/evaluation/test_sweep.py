@@ -1,4 +1,4 @@
-"""An imported weight: the sweep finds under what its accuracy was published, and can be pinned."""
+"""An imported checkpoint: the sweep finds how its accuracy was published, and can be pinned."""
 
 import copy
 import json
@@ -12,32 +12,28 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_upstream import checkpoint
 
 from kn_zoo import cli, data, set_inference_statistics
-from kn_zoo.checkpoints import manifest, predictions, upstream
+from kn_zoo.checkpoints import bundle, manifest, predictions, upstream
 from kn_zoo.checkpoints.manifest import Accuracy, Checkpoint
+from kn_zoo.evaluation import classification, imported
 from kn_zoo.evaluation import predict as evaluate
-from kn_zoo.evaluation import verify
-from tests.conftest import SHARED
+from tests.checkpoints.test_upstream import checkpoint as pickled
 from tests.evaluation.test_verify import results, run
 
 NAME, SIDE, IMAGES = "knresnet18.upstream_in1k", 96, 12
 
 
 class Sample:
-    """A few photographs of the real ImageNet, or noise; the targets are set by the test."""
+    """A few pictures of smooth noise; the targets are set by the test."""
 
-    class_names = [str(i) for i in range(1000)]  # noqa: RUF012
-    transform = None
+    class_names: list[str] = [str(i) for i in range(1000)]  # noqa: RUF012
+    transform: Any = None
 
     def __init__(self) -> None:
         random = np.random.RandomState(0)
         noise = random.randint(0, 256, (IMAGES, 9, 9, 3), np.uint8)
         self.pictures = [Image.fromarray(x).resize((120, 120)) for x in noise]
-        if (SHARED / "data" / "imagenet-sample").is_dir():
-            real: Any = data.load("imagenet-1k", "validation", SHARED / "data" / "imagenet-sample")
-            self.pictures = [real[80 * i][0] for i in range(IMAGES)]
         self.targets = [0] * IMAGES
 
     def __len__(self) -> int:
@@ -48,13 +44,15 @@ class Sample:
         return (self.transform(picture) if self.transform else picture), self.targets[index]
 
 
-def prepared(weight: Checkpoint, sample: Sample, inputs: str, statistics: str) -> torch.nn.Module:
+def prepared(
+    checkpoint: Checkpoint, sample: Sample, inputs: str, statistics: str
+) -> torch.nn.Module:
     """A random network that tells the pictures apart under these inputs and statistics."""
     torch.manual_seed(0)
-    model = timm.create_model("knresnet18")
-    mean, std = verify.INPUTS[inputs]
-    steps = replace(weight.preprocessing, mean=mean, std=std)
-    model.pretrained_cfg.update(replace(weight, preprocessing=steps).pretrained_cfg())
+    model: Any = timm.create_model("knresnet18")
+    mean, std = imported.INPUTS[inputs]
+    steps = replace(checkpoint.preprocessing, mean=mean, std=std)
+    model.pretrained_cfg.update(replace(checkpoint, preprocessing=steps).pretrained_cfg())
     set_inference_statistics(model, statistics)
     transform = evaluate.eval_transform(model)
     with torch.inference_mode():
@@ -70,21 +68,24 @@ def prepared(weight: Checkpoint, sample: Sample, inputs: str, statistics: str) -
 
 @pytest.fixture
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A manifest whose weight was measured on a few small pictures."""
+    """A manifest whose checkpoint was measured on a few small pictures."""
     monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(manifest, "PATH", tmp_path / "weights_manifest.json")
     shutil.copy(manifest.PACKAGE.parent / "weights_manifest.json", manifest.PATH)
-    weight = manifest.find(NAME)
+    checkpoint = manifest.find(NAME)
+    with torch.device("meta"):
+        flops = bundle.flops(timm.create_model("knresnet18"), (3, SIDE, SIDE))
     manifest.write_entry(
         replace(
-            weight,
+            checkpoint,
             file=None,
-            dataset=replace(weight.dataset, images=IMAGES),
-            preprocessing=replace(weight.preprocessing, input_size=(3, SIDE, SIDE)),
-            reported=replace(weight.reported, statistics={"sampled": Accuracy(100.0, None)}),
+            flops=flops,
+            dataset=replace(checkpoint.dataset, images=IMAGES),
+            preprocessing=replace(checkpoint.preprocessing, input_size=(3, SIDE, SIDE)),
+            reported=replace(checkpoint.reported, statistics={"sampled": Accuracy(100.0, None)}),
         )
     )
-    cfg = copy.deepcopy(timm.get_pretrained_cfg(NAME))
+    cfg: Any = copy.deepcopy(timm.get_pretrained_cfg(NAME))
     cfg.input_size = (3, SIDE, SIDE)
     for name in (NAME, "knresnet18"):
         monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, name, cfg)
@@ -98,14 +99,14 @@ def test_the_sweep_finds_what_reproduces_the_published_accuracy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     inputs, statistics, sample = "[0, 1]", "plain", Sample()
-    weight = manifest.find(NAME)
-    model = prepared(weight, sample, inputs, statistics)
+    checkpoint = manifest.find(NAME)
+    model = prepared(checkpoint, sample, inputs, statistics)
     monkeypatch.setattr(data, "load", lambda *_, **__: copy.copy(sample))
     predict = evaluate.predict  # so few pictures need no processes to decode them
     here = lambda *args, **options: predict(*args, **{**options, "workers": 0})  # noqa: E731
     monkeypatch.setattr(evaluate, "predict", here)
-    (zoo / "checkpoint.pth").write_bytes(checkpoint(model))
-    stored = upstream.import_checkpoint(weight, zoo / "checkpoint.pth")
+    (zoo / "checkpoint.pth").write_bytes(pickled(model))
+    stored = upstream.import_checkpoint(checkpoint, zoo / "checkpoint.pth")
 
     status = run(NAME, "--json", zoo / "found.json")
     (found,) = json.loads((zoo / "found.json").read_text())["upstream"]
@@ -126,14 +127,14 @@ def test_the_sweep_finds_what_reproduces_the_published_accuracy(
     pinned = manifest.find(NAME)
     assert pinned.file == stored and pinned.upstream and pinned.upstream.measured
     assert pinned.upstream.measured[statistics].top1 == 100
-    assert (pinned.preprocessing.mean, pinned.preprocessing.std) == verify.INPUTS[inputs]
-    assert pinned.reported == weight.reported, "what the authors say stays what they say"
+    assert (pinned.preprocessing.mean, pinned.preprocessing.std) == imported.INPUTS[inputs]
+    assert pinned.reported == checkpoint.reported, "what the authors say stays what they say"
 
     # an accuracy that no run has
     wrong = np.full((IMAGES, 5), -1, np.int16)
     logits = np.zeros((IMAGES, 5), np.float32)
     nothing = predictions.Predictions(wrong, logits, np.zeros(IMAGES, np.int16))
-    monkeypatch.setattr(verify, "predict", lambda *_: nothing)
+    monkeypatch.setattr(classification, "predict", lambda *_: [nothing, nothing])
     assert run(NAME, "--json", zoo / "found.json") == 1
     assert "no run has the published accuracy" in capsys.readouterr().out
     before = manifest.PATH.read_bytes()
@@ -150,6 +151,8 @@ def test_without_images_or_file_it_is_skipped(zoo: Path, monkeypatch: pytest.Mon
     status, _ = results(zoo, NAME)
     (found,) = json.loads((zoo / "results.json").read_text())["upstream"]
     assert status == 2 and "kn-zoo import" in found["reasons"][0]
+    manifest.write_entry(replace(manifest.find(NAME), parameters=1))
+    assert run(NAME) == 1, "parameters and FLOPs need neither images nor file"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from kn_zoo import cli, data, set_inference_statistics
 from kn_zoo.checkpoints import bundle, manifest, predictions
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.checkpoints.predictions import NEAR_TIE
+from kn_zoo.evaluation import classification
 from kn_zoo.evaluation import predict as evaluate
-from kn_zoo.evaluation import verify
+from kn_zoo.evaluation.verify_command import app
 from tests.support import tiny_zoo
 from tests.support.tiny_zoo import ARCHITECTURE, NAME
 
@@ -35,21 +36,23 @@ class FewDigits(data.Digits):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two equal untrained weights with their true accuracies, and one whose images are missing."""
+    """Two equal untrained checkpoints with their true accuracies, and one without its images."""
     folder = tmp_path_factory.mktemp("zoo")
     with pytest.MonkeyPatch.context() as patch:
         tiny_zoo.empty_manifest(folder, patch)
         patch.setattr(data, "Digits", FewDigits)
-        model = tiny_zoo.network()
+        model: Any = tiny_zoo.network()
         with torch.no_grad():
             model.get_classifier().weight.mul_(30)  # logits like those of a trained network
         model.pretrained_cfg.update(tiny_zoo.draft().pretrained_cfg())
-        images, found = data.load("digits", "test"), {}
+        images, predictions = data.load("digits", "test"), {}
         for statistics in ("plain", "sampled", "expected"):
             torch.manual_seed(5)
             set_inference_statistics(model, statistics)
-            found[statistics] = evaluate.predict(model, images)
-        accuracies = {k: manifest.Accuracy(p.top1, round(p.top5, 4)) for k, p in found.items()}
+            predictions[statistics] = evaluate.predict(model, images)
+        accuracies = {
+            k: manifest.Accuracy(p.top1, round(p.top5, 4)) for k, p in predictions.items()
+        }
         draft = tiny_zoo.draft(
             reported=manifest.Reported("kn_zoo", accuracies),
             dataset=manifest.Dataset("digits", "test", IMAGES, 10),
@@ -57,8 +60,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cifar100 = replace(
             draft, name=ELSEWHERE, dataset=manifest.Dataset("cifar100", "test", 7, 10)
         )
-        for weight in (draft, replace(draft, name=OTHER), cifar100):
-            tiny_zoo.write(model, weight, folder / "log", predictions=found["expected"])
+        for checkpoint in (draft, replace(draft, name=OTHER), cifar100):
+            stored = predictions["expected"]
+            tiny_zoo.write(model, checkpoint, folder / "log", predictions=stored)
     return folder
 
 
@@ -77,13 +81,13 @@ def zoo(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def run(*arguments: object) -> int:
-    return cli.run(verify.app, [str(argument) for argument in arguments])
+    return cli.run(app, [str(argument) for argument in arguments])
 
 
 def results(folder: Path, *arguments: object) -> tuple[int, dict[str, dict[str, Any]]]:
     status = run(*arguments, "--json", folder / "results.json")
     document = json.loads((folder / "results.json").read_text())
-    return status, {weight["name"]: weight for weight in document["weights"]}
+    return status, {result["name"]: result for result in document["checkpoints"]}
 
 
 def edit(name: str, **changes: np.ndarray) -> None:
@@ -103,14 +107,85 @@ def test_all_is_well_and_missing_data_is_skipped(
 ) -> None:
     status, found = results(zoo)
     assert status == 0
-    assert [w["status"] for w in found.values()] == ["match", "match", "skipped"]
+    assert [result["status"] for result in found.values()] == ["match", "match", "skipped"]
     assert "CIFAR-100 is not in" in found[ELSEWHERE]["reasons"][0]
+    assert found[ELSEWHERE]["checked"] == ["parameters", "FLOPs", "SHA-256"]
     accuracy = manifest.find(NAME).reported.statistics["expected"]
-    assert found[NAME]["found"]["top1"] == pytest.approx(accuracy.top1)
-    assert found[NAME]["reported"] == {"top1": accuracy.top1, "top5": accuracy.top5}
+    (score,) = found[NAME]["scores"]
+    assert score["recomputed"]["top1"] == pytest.approx(accuracy.top1)
+    assert score["reported"] == {"top1": accuracy.top1, "top5": accuracy.top5}
     printed = capsys.readouterr().out
     assert f"{NAME}" in printed and f"{accuracy.top5:.2f}" in printed
-    assert f"{ELSEWHERE}: skipped: CIFAR-100 is not in" in printed and "--download" in printed
+    assert f"Skipped {ELSEWHERE}: CIFAR-100 is not in" in printed and "--download" in printed
+    assert (
+        "Recomputed and compared: parameters, FLOPs, SHA-256, five best classes of each image, "
+        "top-1 and top-5 (expected). Not recomputed: top-1 and top-5 (plain, sampled); add "
+        "--statistics all." in printed
+    )
+
+
+def test_without_a_network_the_rest_is_verified_and_one_line_says_what_is_not(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One failed attempt to download serves every checkpoint of that data set."""
+    twin = replace(manifest.find(ELSEWHERE), name=f"{ARCHITECTURE}.twin")
+    shutil.copytree(manifest.find(ELSEWHERE).folder, twin.folder)
+    manifest.write_entry(twin)
+    attempts = []
+
+    def no_network(*arguments: Any, **options: Any) -> None:
+        attempts.append(arguments)
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    status, found = results(zoo, "--download")
+    statuses = ["match", "match", "skipped", "skipped"]
+    assert (status, [result["status"] for result in found.values()]) == (0, statuses)
+    assert len(attempts) == 1
+    printed = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in printed if "CIFAR-100" in line]
+    assert line.startswith(f"Skipped {ELSEWHERE}, {twin.name}: CIFAR-100 could not be downloaded")
+
+
+@pytest.mark.parametrize("statistics", ["expected", "all"])
+@pytest.mark.parametrize("name", [NAME, ELSEWHERE])
+@pytest.mark.parametrize("count", ["parameters", "flops"])
+def test_a_wrong_count_is_a_mismatch_with_and_without_images(
+    zoo: Path, name: str, count: str, statistics: str
+) -> None:
+    checkpoint = manifest.find(name)
+    right = getattr(checkpoint, count)
+    manifest.write_entry(replace(checkpoint, **{count: right + 1}))
+    status, found = results(zoo, name, "--statistics", statistics)
+    assert (status, found[name]["status"]) == (1, "mismatch")
+    assert found[name]["reasons"][0].endswith(
+        f": the network has {right:,}, the manifest says {right + 1:,}"
+    )
+
+
+@pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
+def test_all_statistics_are_checked(zoo: Path, statistics: str) -> None:
+    status, found = results(zoo, NAME, "--statistics", "all")
+    assert (status, found[NAME]["reasons"]) == (0, [])
+    names = ["expected", "plain", "sampled"]
+    assert sorted(score["statistics"] for score in found[NAME]["scores"]) == names
+    report_more_images(statistics)
+    status, found = results(zoo, NAME, "--statistics", "all")
+    assert (status, len(found[NAME]["reasons"])) == (1, 1)
+    assert found[NAME]["reasons"][0].startswith(f"top-1, {statistics}: ")
+
+
+def report_more_images(statistics: str) -> None:
+    """Let the manifest report more correct images than chance explains.
+
+    One is enough where the evaluation is deterministic.
+    """
+    checkpoint = manifest.find(NAME)
+    accuracies = dict(checkpoint.reported.statistics)
+    right = accuracies[statistics]
+    images = 25 if statistics == "sampled" else 1
+    accuracies[statistics] = replace(right, top1=right.top1 + 100 * images / IMAGES)
+    manifest.write_entry(replace(checkpoint, reported=manifest.Reported("kn_zoo", accuracies)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
@@ -121,7 +196,8 @@ def test_the_result_is_that_of_any_batch_size(zoo: Path, batch_size: int, statis
     assert (status, found[NAME]["status"], found[NAME]["reasons"]) == (0, "match", [])
     if statistics != "sampled":
         accuracy = manifest.find(NAME).reported.statistics[statistics]
-        assert found[NAME]["found"]["top1"] == pytest.approx(accuracy.top1)
+        (score,) = found[NAME]["scores"]
+        assert score["recomputed"]["top1"] == pytest.approx(accuracy.top1)
 
 
 def test_a_wrong_prediction_is_caught_and_named(
@@ -135,7 +211,7 @@ def test_a_wrong_prediction_is_caught_and_named(
     assert status == 1
     assert found[NAME]["status"] == "mismatch" and found[NAME]["mismatches"] == [17]
     assert found[OTHER]["status"] == "match"
-    expected = f"1 of {IMAGES} images differ from predictions.npz: 17 (found {before}, stored "
+    expected = f"1 of {IMAGES} images differ from predictions.npz: 17 (recomputed {before}, stored "
     assert expected in capsys.readouterr().out
 
 
@@ -149,7 +225,7 @@ def test_the_last_class_and_a_logit_are_compared_too(zoo: Path) -> None:
     assert status == 1
     assert (found[NAME]["mismatches"], found[OTHER]["mismatches"]) == ([3], [5])
     assert "3 (other classes after the first)" in found[NAME]["reasons"][0]
-    assert "5 (logits 0.03 apart)" in found[OTHER]["reasons"][0]
+    assert "5 (logits differ by 0.03)" in found[OTHER]["reasons"][0]
 
 
 def test_a_near_tie_is_listed_and_no_mismatch(
@@ -168,22 +244,22 @@ def test_a_near_tie_is_listed_and_no_mismatch(
 
     def close(model: Any, *arguments: Any, **options: Any) -> predictions.Predictions:
         """The two are as close here, the other way round."""
-        found = predict(model, *arguments, **options)
-        return replace(found, logits=logits, indices=truth.indices, targets=targets)
+        recomputed = predict(model, *arguments, **options)
+        return replace(recomputed, logits=logits, indices=truth.indices, targets=targets)
 
     predict = evaluate.predict
     monkeypatch.setattr(evaluate, "predict", close)
     # The reported accuracy is that of the other order.
-    weight = manifest.find(NAME)
+    checkpoint = manifest.find(NAME)
     edited = replace(truth, indices=indices, targets=targets)
     accuracy = manifest.Accuracy(edited.top1, edited.top5)
     manifest.write_entry(
-        replace(weight, reported=manifest.Reported("kn_zoo", {"expected": accuracy}))
+        replace(checkpoint, reported=manifest.Reported("kn_zoo", {"expected": accuracy}))
     )
     status, found = results(zoo, NAME)
     assert status == 0, found
     assert found[NAME]["near_ties"] == found[NAME]["reordered"] == [image]
-    note = f"images {image} have logits closer than {NEAR_TIE:g} in another order"
+    note = f"images {image} have logits closer than {NEAR_TIE:g} in another order (float rounding)"
     assert note in capsys.readouterr().out
 
 
@@ -197,18 +273,11 @@ def test_a_bundle_cannot_widen_the_bound(zoo: Path) -> None:
 
 @pytest.mark.parametrize("statistics", ["expected", "plain", "sampled"])
 def test_a_wrong_reported_accuracy_is_caught(zoo: Path, statistics: str) -> None:
-    """One image more is enough where the evaluation is deterministic."""
-    weight = manifest.find(NAME)
-    accuracies = dict(weight.reported.statistics)
-    right = accuracies[statistics]
-    images = 25 if statistics == "sampled" else 1
-    top1 = right.top1 + 100 * images / IMAGES
-    accuracies[statistics] = replace(right, top1=top1)
-    manifest.write_entry(replace(weight, reported=manifest.Reported("kn_zoo", accuracies)))
+    report_more_images(statistics)
     status, found = results(zoo, NAME, "--statistics", statistics)
     assert status == 1
     assert len(found[NAME]["reasons"]) == 1
-    assert found[NAME]["reasons"][0].startswith("top-1: ")
+    assert found[NAME]["reasons"][0].startswith(f"top-1, {statistics}: ")
 
 
 def test_a_flipped_bit_is_refused_and_the_others_go_on(
@@ -220,7 +289,7 @@ def test_a_flipped_bit_is_refused_and_the_others_go_on(
     file.write_bytes(content)
     status, found = results(zoo, "--embedded")
     assert status == 1
-    assert found[NAME]["status"] == "corrupt" and found[NAME]["found"] == {}
+    assert found[NAME]["status"] == "corrupt" and found[NAME]["scores"] == []
     assert found[OTHER]["status"] == "match"
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "corrupt: " in x]
     assert "SHA-256" in line and "Install kn_zoo again" in line
@@ -263,23 +332,30 @@ def test_fewer_images_than_reported_are_no_verdict(
     assert "has 30 images here, the accuracy was measured on 40" in found[NAME]["reasons"][0]
 
 
-def test_what_is_not_available_is_skipped_with_the_cure(zoo: Path) -> None:
-    weight = replace(manifest.find(NAME), name=f"{ARCHITECTURE}.future", file=None, bundle=False)
-    manifest.write_entry(weight)
+def test_an_unavailable_checkpoint_is_skipped_with_a_hint(zoo: Path) -> None:
+    checkpoint = replace(
+        manifest.find(NAME), name=f"{ARCHITECTURE}.future", file=None, bundle=False
+    )
+    manifest.write_entry(checkpoint)
     status, found = results(zoo, "--all")
     assert status == 0
-    future = found[weight.name]
+    future = found[checkpoint.name]
     assert future["status"] == "skipped" and "Train it with" in future["reasons"][0]
-    assert [w["status"] for w in found.values()] == ["match", "match", "skipped", "skipped"]
+    assert [result["status"] for result in found.values()] == [
+        "match",
+        "match",
+        "skipped",
+        "skipped",
+    ]
 
 
 def test_statistics_that_nobody_reported_are_skipped(zoo: Path) -> None:
-    weight: Checkpoint = manifest.find(NAME)
-    expected = {"expected": weight.reported.statistics["expected"]}
-    manifest.write_entry(replace(weight, reported=manifest.Reported("kn_zoo", expected)))
+    checkpoint: Checkpoint = manifest.find(NAME)
+    expected = {"expected": checkpoint.reported.statistics["expected"]}
+    manifest.write_entry(replace(checkpoint, reported=manifest.Reported("kn_zoo", expected)))
     status, found = results(zoo, NAME, "--statistics", "plain")
     assert (status, found[NAME]["status"]) == (2, "skipped")
-    assert "use expected" in found[NAME]["reasons"][0]
+    assert "use --statistics expected" in found[NAME]["reasons"][0]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +367,7 @@ def test_statistics_that_nobody_reported_are_skipped(zoo: Path) -> None:
         ([NAME, "--batch-size", "0"], "--batch-size"),
         ([NAME, "--statistics", "best"], "'best'"),
         ([NAME, "--json", "no/such/folder.json"], "cannot be written"),
-        ([ELSEWHERE], "nothing could be verified"),
+        ([ELSEWHERE], "no accuracy could be recomputed"),
         ([NAME, "--frobnicate"], "frobnicate"),
     ],
 )
@@ -315,7 +391,7 @@ def test_the_deviation_of_sampled_accuracies() -> None:
         np.mean([draw().sum() for _ in range(2)]) - np.mean([draw().sum() for _ in range(5)])
         for _ in range(300)
     ]
-    estimate = verify.deviation([draw(), draw()], 5)
+    estimate = classification.standard_deviation([draw(), draw()], 5)
     assert np.std(differences) == pytest.approx(estimate, rel=0.15)
 
 
@@ -324,9 +400,9 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     environment = {**os.environ, "KN_ZOO_DATA": str(tmp_path), "KN_ZOO_CACHE": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), "--batch-size", "64"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    embedded = [weight for weight in manifest.load().values() if weight.bundle]
-    verified = [weight.name for weight in embedded if weight.dataset.name == "digits"]
+    embedded = [checkpoint for checkpoint in manifest.load().values() if checkpoint.bundle]
+    verified = [checkpoint.name for checkpoint in embedded if checkpoint.dataset.name == "digits"]
     assert done.returncode == (0 if verified else 2), done.stdout + done.stderr
-    for weight in embedded:
-        row = next(line for line in done.stdout.splitlines() if weight.name in line)
-        assert row.split()[-1] == ("match" if weight.name in verified else "skipped")
+    for checkpoint in embedded:
+        row = next(line for line in done.stdout.splitlines() if checkpoint.name in line)
+        assert row.split()[-1] == ("match" if checkpoint.name in verified else "skipped")

@@ -1,12 +1,11 @@
-"""Runs timm's own tests/test_models.py on the models of this package.
+"""Run timm's own tests/test_models.py on the models of this package.
 
-    python tests/timm_suite.py [arguments of pytest]
+    python tests/models/timm_suite.py [arguments of pytest]
 
-The file comes from the source distribution of the installed timm and is kept in `.timm-suite/`. It
-tests what `timm.list_models()` names, hundreds of networks; as a plugin of that run, this module
-lets it see ours alone and deselects the tests that are written for particular models of timm. The
-tests of `forward_intermediates` ask for the modules of a list inside that file: here they get all
-our models, whatever their module is called.
+pip downloads the source distribution of the installed timm to `.timm-suite/`. Its tests cover all
+models that `timm.list_models()` returns. This module is a pytest plugin of that run: it restricts
+the list to our models, whatever module a test asks for, and deselects tests of particular models of
+timm.
 """
 
 import os
@@ -26,24 +25,24 @@ CACHE = ROOT / ".timm-suite"
 
 
 def main(arguments: list[str]) -> int:
-    """Returns pytest's exit status, 2 if timm's tests cannot be fetched."""
+    """Return pytest's exit status, or 2 if timm's tests cannot be downloaded."""
     try:
         suite = fetch(timm.__version__)
     except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
-        print(f"Cannot fetch timm's source distribution: {error}", file=sys.stderr)
+        print(f"Cannot download timm's source distribution: {error}", file=sys.stderr)
         return 2
     paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = dict(
         os.environ, TORCH_BACKEND="kn_zoo", PYTHONPATH=os.pathsep.join(filter(None, paths))
     )
-    # no:timeout, because a slow machine is no failure
+    # Without timeouts: a slow machine is no failure.
     command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:timeout"]
     command += ["-c", "pyproject.toml", "tests/test_models.py", *arguments]
     return subprocess.call(command, cwd=suite, env=environment)
 
 
 def fetch(version: str) -> Path:
-    """The folder that holds timm's tests of this version, downloaded by pip if it is not there."""
+    """Return the folder of this version of timm's tests; pip downloads it if it is missing."""
     folder = CACHE / f"timm-{version}"
     if folder.is_dir():
         return folder
@@ -54,7 +53,7 @@ def fetch(version: str) -> Path:
         subprocess.run([*pip, f"timm=={version}"], check=True)
         (archive,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as tar:
-            # Without timm itself, which would hide the installed one.
+            # Do not extract timm itself: it would shadow the installed package.
             wanted = [m for m in tar if m.name.split("/")[1] in ("tests", "pyproject.toml")]
             tar.extractall(scratch, wanted, filter="data")
         (Path(scratch) / f"timm-{version}").rename(folder)
@@ -62,7 +61,7 @@ def fetch(version: str) -> Path:
 
 
 def pytest_configure(config: Any) -> None:
-    """Before timm's file is imported: `list_models` names our models only."""
+    """Restrict `list_models` to our models, before timm's tests are imported."""
     import kn_zoo.models  # noqa: F401  registers them
 
     config.addinivalue_line("markers", "timeout(seconds): meant for timm's machines, not applied")
@@ -75,8 +74,9 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Keep what is tested of one of our models."""
-    kept, dropped = [], []
+    """Keep the tests of our models."""
+    kept: list[Any] = []
+    dropped: list[Any] = []
     for item in items:
         parameters = (getattr(item, "callspec", None) and item.callspec.params) or {}
         (kept if is_ours(parameters.get("model_name")) else dropped).append(item)
@@ -85,11 +85,10 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def is_ours(name: Any) -> bool:
-    """Whether `name` is an entry point of this package, or, with a tag, a weight that needs no
-    network."""
+    """Return whether `name` is a model of this package, or a checkpoint in the package."""
     architecture, _, tag = name.partition(".") if isinstance(name, str) else ("", "", "")
-    weight = manifest.load().get(name)
-    if not timm.is_model(architecture) or (tag and not (weight and weight.bundle)):
+    checkpoint = manifest.load().get(name)
+    if not timm.is_model(architecture) or (tag and not (checkpoint and checkpoint.bundle)):
         return False
     return timm.model_entrypoint(architecture).__module__.startswith("kn_zoo.")
 

@@ -1,28 +1,28 @@
-"""Training images by timm's names: a folder, a tar, WebDataset shards, the Hub's format."""
+"""Training images by timm's names (folder, tar, WebDataset shards, Hub), and held-out images."""
 
 import io
-import os
-import signal
 import tarfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from kn_zoo import data
+from kn_zoo.checkpoints.bundle import Bundle
 from kn_zoo.training import trainer as training
-from kn_zoo.training.data import Part, Place, load, load_training, split_off, targets_of
+from kn_zoo.training.data import DataConfig, Subset, load, load_training, split_off, targets_of
 from kn_zoo.training.recipe import Recipe, UserError
-from tests.training import test_trainer as test_train
-from tests.training.test_trainer import fresh_accelerator  # noqa: F401  used by every test here
+from tests.training import runs
 
 IMAGES = 160
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """Some of the digits as PNG files: folder/train/CLASS, all.tar and four shards."""
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as PNG files: folder/train/CLASS, all.tar and four shards."""
     root = tmp_path_factory.mktemp("digits")
     images = data.load("digits", "train")
     for shard in range(4):
@@ -41,7 +41,7 @@ def digits(tmp_path_factory):
     return root
 
 
-def sources(root):
+def sources(root: Path) -> dict[str, tuple[str, str, Path]]:
     return {
         "folder": ("folder", "train", root / "folder"),
         "tar": ("tar", "train", root / "all.tar"),
@@ -51,39 +51,43 @@ def sources(root):
     }
 
 
-def write_recipe(path, digits, kind, **changes):
+def write_recipe(path: Path, digits: Path, kind: str, **changes: Any) -> tuple[Path, Path]:
     name, split, root = sources(digits)[kind]
     changes = {"train_dataset": name, "train_split": split, "batch_size": 40} | changes
-    return test_train.write_recipe(path, epochs=1, sampled_draws=1, **changes), root
+    return runs.write_recipe(path, epochs=1, sampled_draws=1, **changes), root
 
 
-@pytest.mark.parametrize("kind", sources(test_train.ROOT))
-def test_a_run_trains_on_it_and_is_taken_up_in_its_midst(digits, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind", sources(runs.ROOT))
+def test_a_run_trains_on_each_source_and_resumes(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     if kind in ("wds", "hfds", "hfids"):
         pytest.importorskip("webdataset" if kind == "wds" else "datasets")
     recipe, root = write_recipe(tmp_path / "recipe.yaml", digits, kind)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--data-dir", root, "--download"]
-    assert test_train.run(recipe, *options, "--output", whole) == 0
+    assert runs.run(recipe, *options, "--output", whole) == 0
     with monkeypatch.context() as patch:
-        test_train.at_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert test_train.run(recipe, *options, "--output", parts) == 130
-    assert test_train.run(recipe, *options, "--output", parts) == 0
-    test_train.assert_same_end(whole, parts)
-    assert test_train.newest(whole) == IMAGES // 40
+        runs.at_update(patch, 2, runs.interrupt)
+        assert runs.run(recipe, *options, "--output", parts) == 130
+    assert runs.run(recipe, *options, "--output", parts) == 0
+    runs.assert_same_result(whole, parts)
+    assert runs.newest(whole) == IMAGES // 40
 
 
-def test_a_stream_shows_each_image_once_an_epoch_whatever_the_workers(digits, tmp_path):
+def test_a_stream_yields_each_image_once_per_epoch_with_any_number_of_workers(
+    digits: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("webdataset")
     recipe, root = write_recipe(tmp_path / "recipe.yaml", digits, "wds", augmentation=[])
-    settings = test_train.Recipe(**yaml.safe_load(recipe.read_text()))
+    settings = Recipe(**yaml.safe_load(recipe.read_text()))
     for workers in (0, 2):
-        pace = training.Pace(workers=workers)
-        trainer = training.Trainer(settings, tmp_path, Place(root), pace)
+        config = training.RunConfig(workers=workers)
+        trainer = training.Trainer(settings, tmp_path, DataConfig(root), config)
         seen = [
             np.concatenate([y.numpy() for _, y in trainer.batches.epoch(epoch)]) for epoch in (0, 1)
         ]
-        expected = sorted(data.load("digits", "train").targets[:IMAGES])
+        expected = sorted(data.Digits(train=True).targets[:IMAGES])
         assert sorted(seen[0]) == sorted(seen[1]) == expected
         assert seen[0].tolist() != seen[1].tolist()
 
@@ -94,35 +98,46 @@ def test_a_stream_shows_each_image_once_an_epoch_whatever_the_workers(digits, tm
         (
             "wds",
             {"dataset": "wds/digits", "eval_split": "digits-0.tar|40"},
-            "images in a fixed order",
+            "a fixed order of images",
         ),
-        ("wds", {"repeated_augmentation": 2}, "a stream has no"),
+        ("wds", {"repeated_augmentation": 2}, "streams support neither"),
         ("wds", {"held_out": 0.1}, "held out"),
-        ("folder", {"dataset": "folder", "eval_split": "train", "batch_size": 1000}, "1000 needs"),
+        (
+            "folder",
+            {"dataset": "folder", "eval_split": "train", "batch_size": 1000},
+            "batch_size 1000 exceeds the 160",
+        ),
         ("folder", {"train_dataset": "wds/none", "train_split": "x"}, "no data set 'wds/none'"),
         ("hfds", {"train_dataset": "hfds//none"}, "no data set 'hfds//none'"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_status_2(digits, tmp_path, capfd, kind, changes, reason):
+def test_unsupported_sources_are_one_line_and_status_2(
+    digits: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    kind: str,
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
     recipe, root = write_recipe(tmp_path / "recipe.yaml", digits, kind, **changes)
     run = ["--data-dir", root, "--output", tmp_path / "run"]
-    assert test_train.run(recipe, *run) == 2
+    assert runs.run(recipe, *run) == 2
     said = capfd.readouterr().err
     assert reason in said and len(said.strip().splitlines()) == 1
 
 
-def test_a_folder_is_evaluated_too_and_names_its_classes(digits, tmp_path):
+def test_a_folder_can_be_evaluated_and_names_its_classes(digits: Path, tmp_path: Path) -> None:
     changes = {"dataset": "folder", "eval_split": "train"}
     recipe, root = write_recipe(tmp_path / "recipe.yaml", digits, "folder", **changes)
-    assert test_train.run(recipe, "--data-dir", root, "--output", tmp_path / "run") == 0
-    bundle = test_train.bundle.Bundle(tmp_path / "run" / "bundle")
+    assert runs.run(recipe, "--data-dir", root, "--output", tmp_path / "run") == 0
+    bundle = Bundle(tmp_path / "run" / "bundle")
     assert bundle.class_names == tuple("0123456789")
     assert len(bundle.predictions().targets) == IMAGES
 
 
-def test_the_first_images_of_a_split_can_be_all_that_is_trained_on(tmp_path):
-    path = test_train.write_recipe(tmp_path / "recipe.yaml", train_split="train[:100]")
-    part, whole = load_training(Recipe.read(path), Place()), data.load("digits", "train")
+def test_a_split_can_be_limited_to_its_first_images(tmp_path: Path) -> None:
+    path = runs.write_recipe(tmp_path / "recipe.yaml", train_split="train[:100]")
+    part, whole = load_training(Recipe.read(path), DataConfig()), data.Digits(train=True)
     assert len(part) == 100 and targets_of(part) == whole.targets[:100]
     rest, held = split_off(part, 0.1)
     assert len(rest) + len(held) == 100
@@ -131,24 +146,24 @@ def test_the_first_images_of_a_split_can_be_all_that_is_trained_on(tmp_path):
     assert held.transform is None
     for split in ("train[:0]", "train[:1202]"):
         with pytest.raises(UserError, match="has 1201 images"):
-            load_training(replace(Recipe.read(path), train_split=split), Place())
+            load_training(replace(Recipe.read(path), train_split=split), DataConfig())
 
 
-def test_held_out_images_are_a_share_of_each_class_and_always_the_same():
-    images = data.load("digits", "train")
+def test_held_out_images_are_stratified_and_reproducible() -> None:
+    images = data.Digits(train=True)
     rest, held = split_off(images, 0.1)
-    assert isinstance(rest, Part) and sorted([*rest.indices, *held.indices]) == list(range(1201))
-    assert split_off(data.load("digits", "train"), 0.1)[1].indices.tolist() == held.indices.tolist()
+    assert isinstance(rest, Subset) and sorted([*rest.indices, *held.indices]) == list(range(1201))
+    assert split_off(data.load("digits", "train"), 0.1)[1].indices == held.indices
     targets = np.asarray(images.targets)
     for label in range(10):
         share = np.isin(np.flatnonzero(targets == label), held.indices).mean()
         assert share == pytest.approx(0.1, abs=0.005)
     rest.transform = str
     assert held.transform is None and images.transform is None
-    with pytest.raises(UserError, match="nothing on one side"):
+    with pytest.raises(UserError, match="leaves one side empty"):
         split_off(images, 0.001)
 
 
-def test_an_unknown_data_set_is_named(tmp_path):
+def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set 'nonsense', split 'train'"):
-        load("nonsense", "train", Place(tmp_path / "nowhere"))
+        load("nonsense", "train", DataConfig(tmp_path / "nowhere"))

@@ -1,14 +1,17 @@
-"""The committed first losses are those that the recipes have today."""
+"""The recipes still produce the stored first losses."""
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kn_zoo import data
-from kn_zoo.training import fingerprint
-from tests.training.test_trainer import fresh_accelerator  # noqa: F401  used by every test here
+from kn_zoo.training.recipe import Recipe
+from tests.training import fingerprint
 
-CURVES, RECIPES = fingerprint.read(), fingerprint.everything()
-# One of each file that a CPU follows in seconds.
+STORED, RECIPES = fingerprint.read(), fingerprint.all_recipes()
+# One recipe of each file that takes seconds on a CPU.
 SMALL = [
     "knpreactresnet20_cifar.digits",
     "knpreactresnet20_cifar.cifar100",
@@ -17,7 +20,7 @@ SMALL = [
 ]
 
 
-def compute(recipe):
+def compute(recipe: Recipe) -> fingerprint.Rows:
     try:
         return fingerprint.first_losses(recipe)
     except data.MissingData as error:
@@ -25,12 +28,12 @@ def compute(recipe):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_first_losses_are_the_committed_ones(name):
-    found, stored = compute(RECIPES[name]), CURVES[name]
+def test_first_losses_are_unchanged(name: str) -> None:
+    found, stored = compute(RECIPES[name]), STORED[name]
     for key, tolerance in (("lr", 1e-5), ("loss", 2e-2)):
         a, b = ([row[key] for row in rows] for rows in (found, stored))
         assert np.allclose(a, b, rtol=tolerance), (
-            f"{key} {a} is not {b}: if that is meant, run train_scripts/fingerprint.py {name}"
+            f"{key} {a} is not {b}: if intended, run python -m tests.training.fingerprint {name}"
         )
     # Rounding differs between processors, and grows with every update.
     assert found[0]["loss"] == pytest.approx(stored[0]["loss"], rel=1e-3)
@@ -48,17 +51,17 @@ def test_the_first_losses_are_the_committed_ones(name):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_changed_recipe_has_other_losses(change):
+def test_a_changed_recipe_changes_the_losses(change: dict[str, Any]) -> None:
     name = "knpreactresnet20_cifar.digits"
-    changed = compute(fingerprint.replace(RECIPES[name], **change))
+    changed = compute(replace(RECIPES[name], **change))
     differences = [
-        abs(a["loss"] / b["loss"] - 1) for a, b in zip(changed, CURVES[name], strict=True)
+        abs(a["loss"] / b["loss"] - 1) for a, b in zip(changed, STORED[name], strict=True)
     ]
     assert differences[0] > 1e-3 or max(differences) > 2e-2
 
 
-def test_every_recipe_has_a_curve_and_every_curve_a_recipe():
-    assert CURVES.keys() == RECIPES.keys()
-    for name, rows in CURVES.items():
+def test_every_recipe_has_a_curve_and_every_curve_a_recipe() -> None:
+    assert STORED.keys() == RECIPES.keys()
+    for name, rows in STORED.items():
         assert [row["update"] for row in rows] == [1, 2, 3, 4], name
         assert np.isfinite([row["loss"] for row in rows]).all(), name

@@ -1,0 +1,56 @@
+"""Options and outcome of the verification of one checkpoint."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kn_zoo.checkpoints.predictions import NEAR_TIE
+
+
+class Skipped(RuntimeError):
+    """Part of a checkpoint cannot be verified here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of an evaluation; `statistics` is "expected", "plain", "sampled" or "all"."""
+
+    data_dir: Path | None = None
+    download: bool = False
+    device: str = "cpu"
+    batch_size: int = 256
+    statistics: str = "expected"
+    # Errors by data set and split, so that a failed download is not repeated for each checkpoint.
+    missing_data: dict[tuple[str, str], Exception] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Score:
+    """Reported and recomputed accuracy in percent under one kind of inference statistics."""
+
+    statistics: str
+    reported: dict[str, float | None]  # "top1", "top5"
+    recomputed: dict[str, float]
+    draws: int = 1  # passes over the images, of which `recomputed` is the mean
+
+
+@dataclass
+class Result:
+    """What was recomputed of one checkpoint, and what differs. Images are numbered from 0.
+
+    `status` is "match", "mismatch", "corrupt" (a file is not the manifest's), or "skipped" (the
+    accuracy could not be recomputed, and the rest matches).
+    """
+
+    name: str
+    dataset: str
+    split: str
+    images: int
+    status: str = "match"
+    reasons: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)  # recomputed and compared besides `scores`
+    scores: list[Score] = field(default_factory=list)
+    near_tie_bound: float = NEAR_TIE
+    mismatches: list[int] = field(default_factory=list)
+    reordered: list[int] = field(default_factory=list)
+    near_ties: list[int] = field(default_factory=list)
+    seconds: float = 0.0

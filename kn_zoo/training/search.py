@@ -1,0 +1,141 @@
+"""Many runs: a grid of recipes and seeds, and the search for a learning rate."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kn_zoo.checkpoints import bundle
+from kn_zoo.training.data import DataConfig, load_training, split_off, targets_of
+from kn_zoo.training.recipe import Recipe
+from kn_zoo.training.report import train_and_evaluate
+from kn_zoo.training.resume import prepare_run_dir
+from kn_zoo.training.trainer import Diverged, RunConfig, Trainer, console, write_csv
+
+FIRST_LR = 0.2  # first of the paper's search
+LAST_LR = FIRST_LR / 2**10
+WORSE_RATES = 2  # consecutive rates worse than the best one that end the search
+LEARNED = 2.0  # accuracy, in multiples of chance, below which a rate has not learned
+HELD_OUT = 0.1  # fraction of the training images held out, unless the recipe sets it
+
+
+def run_grid(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    data_config: DataConfig,
+    run_config: RunConfig,
+    seeds: Sequence[int],
+    table: Path,
+) -> None:
+    """Train each recipe from each seed; the table has one row per run and no weights are stored.
+
+    The table is rewritten after each run; its comment describes the environment of the last.
+    """
+    rows: list[dict[str, Any]] = []
+    table.parent.mkdir(parents=True, exist_ok=True)  # fail before hours of training
+    for seed in seeds:
+        for recipe in recipes:
+            run_dir = folder / recipe.name / f"seed-{seed}"
+            run = train_and_evaluate(replace(recipe, seed=seed), run_dir, data_config, run_config)
+            accuracy = run.statistics["expected"]
+            rows.append(
+                {
+                    "recipe": recipe.name,
+                    "norm": recipe.norm,
+                    "batch_size": recipe.batch_size,
+                    "lr": recipe.optimizer["lr"],
+                    "epochs": recipe.epochs,
+                    "seed": seed,
+                    "top1": accuracy.top1,
+                    "top5": accuracy.top5,
+                }
+            )
+            write_csv(table, rows, bundle.environment())
+
+
+def search_lrs(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    data_config: DataConfig,
+    run_config: RunConfig,
+    table: Path,
+) -> None:
+    """Search the learning rate of each recipe; the table has one row per rate.
+
+    A search starts at the best rate of the same network at a larger batch size, as a smaller batch
+    does not need a higher rate.
+    """
+    rows: list[dict[str, Any]] = []
+    best: list[tuple[Recipe, float]] = []
+    table.parent.mkdir(parents=True, exist_ok=True)
+    for recipe in sorted(recipes, key=lambda recipe: -recipe.batch_size):
+        at_larger_batch = [lr for other, lr in best if is_larger_batch_of(other, recipe)]
+        first = min(at_larger_batch, default=FIRST_LR)
+        results = search_lr(recipe, folder / recipe.name, data_config, run_config, first)
+        best.append((recipe, best_of(results)["lr"]))
+        settings = {"recipe": recipe.name, "norm": recipe.norm, "batch_size": recipe.batch_size}
+        rows += [settings | row for row in results]
+        write_csv(table, rows, bundle.environment())
+
+
+def is_larger_batch_of(other: Recipe, recipe: Recipe) -> bool:
+    same = (other.architecture, other.norm) == (recipe.architecture, recipe.norm)
+    return same and other.batch_size > recipe.batch_size
+
+
+def search_lr(
+    recipe: Recipe,
+    folder: Path,
+    data_config: DataConfig,
+    run_config: RunConfig,
+    first: float = FIRST_LR,
+) -> list[dict[str, Any]]:
+    """Train with `first`, half of it, a quarter ... and compare accuracy on held-out images.
+
+    Test images are not used. Returns the rows of lr_search.csv, which is rewritten after each rate;
+    rates that it contains are not trained again.
+    """
+    fraction = recipe.held_out or HELD_OUT
+    table = folder / "lr_search.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    if table.exists():
+        completed = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+        rows = [row | {key: float(row[key]) for key in ("lr", "top1")} for row in completed]
+    images = load_training(recipe, data_config)
+    chance = 100 / len(set(targets_of(split_off(images, fraction)[1])))
+    lr = rows[-1]["lr"] / 2 if rows else first
+    while lr >= LAST_LR and not search_is_over([row["top1"] for row in rows], chance):
+        trial = replace(recipe.with_lr(lr), held_out=fraction)
+        run_dir = folder / f"lr-{lr:g}"
+        prepare_run_dir(run_dir, trial)
+        train_set, held_out = split_off(images, fraction)
+        trainer = Trainer(trial, run_dir, data_config, run_config, train_set, held_out)
+        try:
+            trainer.train()
+            last = trainer.progress.rows[-1]
+            row = {"lr": lr, "loss": last["loss"], "top1": last["top1"]}
+        except Diverged as error:
+            trainer.log(str(error))
+            row = {"lr": lr, "loss": math.nan, "top1": 0.0}
+        rows.append(row | {"images": len(held_out), "epochs": recipe.epochs, "seed": recipe.seed})
+        lr /= 2
+        if trainer.accelerator.is_main_process:
+            write_csv(table, rows)
+        trainer.accelerator.wait_for_everyone()
+    best = best_of(rows)
+    console.print(f"best on {best['images']} held-out images: lr {best['lr']:g}; {table}")
+    return rows
+
+
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: row["top1"])
+
+
+def search_is_over(top1: Sequence[float], chance: float) -> bool:
+    """Whether the last `WORSE_RATES` rates are worse than the best one, which has learned."""
+    if not top1 or max(top1) < LEARNED * chance:
+        return False
+    return len(top1) - 1 - max(range(len(top1)), key=top1.__getitem__) >= WORSE_RATES
