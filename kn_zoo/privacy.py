@@ -35,7 +35,6 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 
 from kn_zoo.layers import KNConv2d
-from kn_zoo.layers.functional import kn_conv2d_with_statistics
 from kn_zoo.layers.reference import ReferenceKNConv2d
 
 __all__ = ["PrivateKNConv2d", "restore"]
@@ -75,22 +74,9 @@ class PrivateKNConv2d(KNConv2d):
                 "private training runs in float32: leave autocast off, since per-sample gradients "
                 "are made from the layers' inputs as they are"
             )
-        out, mu, rstd = kn_conv2d_with_statistics(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding_sides,
-            self.dilation,
-            self.groups,
-            self.dropout_p,
-            "sampled",
-            self.eps,
-            self.dropout,
-            relu=self.relu,
-        )
+        out, mu, rstd = self.forward_with_statistics(x)
         positive = out.detach() > 0 if self.relu else None
-        self.kept.append(UnitStatistics(mu.detach(), rstd.detach(), positive))
+        self.kept.append(UnitStatistics(mu.detach().to(out), rstd.detach().to(out), positive))
         return out
 
     def _functorch_forward(self, x: Tensor) -> Tensor:
