@@ -28,6 +28,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,7 +77,7 @@ def system_normal(count: int) -> Tensor:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Progress of a private run, part of its training state."""
 
     steps: int = 0  # executed by the optimizer, each with noise
@@ -103,7 +104,7 @@ class PrivateTrainer:
         self.test_set.transform = eval_transform(self.network)
         self.images = DeviceBatches(recipe, images, torch.device("cpu"), Shard())
         torch.seed()  # augmentation and dropout masks do not follow from the recipe
-        self.progress, self.ema = Progress(), None
+        self.progress, self.ema = RunProgress(), None
         if recipe.ema_decay is not None:
             warmup = recipe.ema_warmup
             self.ema = ModelEmaV3(self.network, decay=recipe.ema_decay, use_warmup=warmup)
@@ -188,7 +189,8 @@ class PrivateTrainer:
 
     def accumulate(self, indices: Tensor) -> None:
         """Clip and add the gradients of a part of a batch; its last part makes the step."""
-        pixels, targets = self.images.augment(indices.numpy())
+        crops = self.images.draw(np.random.default_rng(), len(indices))  # seeded by the system
+        pixels, targets = self.images.gather(indices.numpy(), *crops)
         logits = self.model(pixels)
         # Opacus multiplies by the number of images; a mean over none would be NaN.
         loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
@@ -263,7 +265,7 @@ class PrivateTrainer:
         self.optimizer.original_optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self.progress = Progress(**state["progress"])
+        self.progress = RunProgress(**state["progress"])
         self.scheduler.step_update(self.progress.steps)
         self.log(f"resumed after {self.progress.steps} of {self.total_steps} steps")
 
@@ -325,3 +327,14 @@ def checked_privacy(recipe: Recipe) -> PrivacyConfig:
     if not recipe.on_device:
         raise UserError("private training keeps the images in memory: set on_device: true")
     return recipe.privacy
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("epsilon {task.fields[epsilon]:.2f}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

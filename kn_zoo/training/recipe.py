@@ -16,6 +16,18 @@ class UserError(Exception):
     """Bad input; the message is one line that names the fix."""
 
 
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """The `privacy` section of a recipe: differentially private training with Opacus."""
+
+    epsilon: float  # budget, from which the noise is computed
+    delta: float  # probability with which epsilon may be exceeded
+    max_grad_norm: float  # norm that each image's gradient is clipped to
+    physical_batch_size: int = 64  # images per forward and backward pass
+    earlier_runs: int = 0  # runs on the same private images before this one; not part of epsilon
+    public_data: str = "none"  # what initial weights or settings owe to other data
+
+
 @dataclass
 class Recipe:
     """One training run. A YAML file sets these fields, and `variants` of them by name.
@@ -56,9 +68,12 @@ class Recipe:
     sampled_draws: int = 5  # evaluations to average under "sampled" inference statistics
     held_out: float = 0.0  # fraction of training images held out to evaluate each epoch on
     updates: int | None = None  # stop after this many updates; the schedule remains the full run's
+    privacy: PrivacyConfig | None = None  # train_scripts/train_private.py trains such a recipe
     seed: int = 0  # of initialization, order, augmentation and dropout
 
     def __post_init__(self) -> None:
+        if isinstance(self.privacy, dict):
+            self.privacy = PrivacyConfig(**self.privacy)
         if self.resolutions:
             _check_resolutions(self)
 
