@@ -1,4 +1,4 @@
-"""Every model of the zoo for ``torch.hub``, generated from timm's registry.
+"""Entry points of ``torch.hub`` for every model of the zoo, generated from timm's registry.
 
 ``torch.hub.load(repo, "knpreactresnet20_cifar", pretrained=True, tag="digits")`` is
 ``timm.create_model("knpreactresnet20_cifar.digits", pretrained=True)``.
@@ -26,25 +26,24 @@ def _entry_point(architecture: str) -> _typing.Callable[..., _torch.nn.Module]:
     create.__doc__ = f"""{architecture} of kn_zoo {_kn_zoo.__version__}.
 
     Args:
-        pretrained: load trained weights; their SHA-256 is compared with the manifest's.
-        tag: which of them, the first if not given.{_describe_weights(architecture)}
-        kwargs: anything that timm.create_model takes (num_classes, in_chans, features_only, ...).
+        pretrained: load a checkpoint whose SHA-256 matches the manifest.
+        tag: tag of the checkpoint, by default the first.{_describe_checkpoints(architecture)}
+        kwargs: arguments of timm.create_model (num_classes, in_chans, features_only, ...).
     """
     return create
 
 
-def _describe_weights(architecture: str) -> str:
+def _describe_checkpoints(architecture: str) -> str:
     lines = []
-    for weight in _manifest.load().values():
-        if weight.architecture == architecture:
+    for checkpoint in _manifest.load().values():
+        if checkpoint.architecture == architecture:
             accuracy = ", ".join(
                 f"{accuracy.top1:.2f} ({statistics})"
-                for statistics, accuracy in weight.reported.statistics.items()
+                for statistics, accuracy in checkpoint.reported.statistics.items()
             )
-            state = "" if weight.available else "; not available yet"
-            data = f"{weight.dataset.name}, {weight.dataset.images:,} images"
-            lines.append(f"{weight.tag}: {data}, top-1 % {accuracy}{state}")
-    return "".join(f"\n            {line}" for line in lines or ["none has been trained yet"])
+            data = f"{checkpoint.dataset.name}, {checkpoint.dataset.images:,} images"
+            lines.append(f"{checkpoint.tag}: {data}, top-1 % {accuracy}; {checkpoint.source}")
+    return "".join(f"\n            {line}" for line in lines or ["there is none yet"])
 
 
 for _name in _timm.list_models():

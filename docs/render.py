@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import kn_zoo
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import results
 from kn_zoo.evaluation.results import STATISTICS, table
@@ -68,11 +68,9 @@ def headline(checkpoint: Checkpoint) -> str:
 
 
 def source(checkpoint: Checkpoint) -> str:
-    if checkpoint.bundle and checkpoint.file:
-        return "in the package"
-    if checkpoint.hub and checkpoint.file:
-        return f"[Hub](https://huggingface.co/{checkpoint.hub.repository})"
-    return "authors, imported on first use" if checkpoint.upstream else "to be trained"
+    if checkpoint.source == "on the Hub" and checkpoint.hub:
+        return f"[on the Hub](https://huggingface.co/{checkpoint.hub.repository})"
+    return checkpoint.source
 
 
 def accuracies_table() -> str:
@@ -92,7 +90,7 @@ def accuracies_row(checkpoint: Checkpoint) -> list[str]:
         f"{checkpoint.dataset.images:,}",
         *top1,
         "" if top5 is None else f"{top5:.2f}",
-        f"{checkpoint.flops / 1e9:#.3g}",
+        manifest.gflops(checkpoint.flops),
         ", ".join(map(str, checkpoint.seeds)),
         checkpoint.licenses.weights,
     ]
@@ -101,16 +99,17 @@ def accuracies_row(checkpoint: Checkpoint) -> list[str]:
 def sources() -> str:
     """Which checkpoints are on the Hub, which are in the package, which are imported."""
     checkpoints = manifest.load().values()
-    on_hub = [f"`{c.name}` ({c.hub.id})" for c in checkpoints if c.hub]
-    packaged = [f"`{c.name}`" for c in checkpoints if c.bundle]
-    imported = [f"`{c.name}`" for c in checkpoints if c.upstream]
+
+    def names(source: str) -> str:
+        return ", ".join(f"`{c.name}`" for c in checkpoints if source in c.sources)
+
     unpinned = any(c.upstream and not c.file for c in checkpoints)
     state = "this project has not pinned their hashes yet" if unpinned else "hashes are pinned"
     return "\n".join(
         [
-            f"- On the Hugging Face Hub: {', '.join(on_hub) or 'none yet'}.",
-            f"- In the package and the repository: {', '.join(packaged) or 'none'}.",
-            f"- Imported from the authors' Google Drive on first use: {', '.join(imported)}; "
+            f"- On the Hugging Face Hub: {names('on the Hub') or 'none yet'}.",
+            f"- In the package and the repository: {names('in the package') or 'none'}.",
+            f"- Imported from the authors' Google Drive on first use: {names('imported on first use')}; "
             f"{state}.",
         ]
     )
@@ -141,10 +140,10 @@ def model_row(family: str, name: str) -> list[str]:
     return [
         family,
         f"`{name}`",
-        " x ".join(map(str, size)),
+        "x".join(map(str, size)),
         str(model.num_classes),
         f"{bundle.parameters(model):,}",
-        f"{bundle.flops(model, size) / 1e9:#.3g}",
+        manifest.gflops(bundle.flops(model, size)),
         norms(name),
     ]
 
@@ -163,7 +162,12 @@ def norms(name: str) -> str:
 def recipe_table() -> str:
     """The fields of `Recipe`; what they mean is said by the comments beside them."""
     rows = [
-        [f"`{name}`", f"`{kind}`".replace("|", "\\|"), default and f"`{default}`", meaning]
+        [
+            f"`{name}`",
+            f"`{kind}`".replace(" | None`", "` or None"),
+            default and f"`{default}`",
+            meaning,
+        ]
         for name, kind, default, meaning in recipe_fields()
     ]
     return table("field|type|default|meaning", rows)
@@ -270,7 +274,7 @@ def main(check: bool) -> int:
             print(f"{path.relative_to(ROOT)} is out of date: run `make docs`")
         return int(bool(stale))
     for path, text in stale.items():
-        manifest.write_text(path, text)
+        files.write_text(path, text)
     for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE)]:
         print(f"wrote {path.relative_to(ROOT)}")
     return 0

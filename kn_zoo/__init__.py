@@ -6,6 +6,7 @@ Importing this package registers its models with timm and does nothing else.
 __version__ = "0.1.0"
 
 from . import models
+from .convert import convert
 from .layers import KernelNorm1d, KernelNorm2d, KNConv2d, freeze, set_inference_statistics
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "KernelNorm1d",
     "KernelNorm2d",
     "__version__",
+    "convert",
     "freeze",
     "models",
     "set_inference_statistics",

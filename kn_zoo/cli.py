@@ -1,14 +1,13 @@
-"""The command `kn-zoo`: list and describe networks and weights, fetch weights, classify images.
+"""The command ``kn-zoo``: list and describe checkpoints, download them, classify images.
 
-Exit status: 0; 1 if `verify` finds something wrong; 2 for bad usage, for what cannot be had, or if
-an image could not be classified (the others were).
+Exit status: 0 on success; 1 if `check` finds a problem; 2 for bad usage, for files that cannot be
+found or written, or if an image could not be classified (the others were).
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,52 +24,30 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 import kn_zoo
-from kn_zoo.checkpoints import bundle, loading, manifest, offline, upstream
+from kn_zoo.checkpoints import bundle, files, loading, manifest, offline, upstream
 from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.command import UsageError, cli_errors, one_line, run
 from kn_zoo.evaluation import predict as evaluate
+
+__all__ = ["UsageError", "app", "main", "one_line", "run"]
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 to 60 million; decoded to RGB this is 300 MB
 MAX_ELONGATION = 50  # with a short side of 256 the long side stays below 12,800 pixels
 
-# click's error for bad usage, wherever this version of typer keeps its click.
-UsageError: Any = typer.BadParameter.__base__
-
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Kernel Normalized networks: list them, describe one, fetch weights, classify images.",
+    help="Kernel Normalized networks: list, describe and download checkpoints, classify images.",
 )
 
 
 class UnusableImage(ValueError):
-    """A file that cannot be classified; the message says why, and what would help."""
+    """An image file that cannot be classified; the message gives the reason."""
 
 
 def main() -> int:
-    """Entry point of `kn-zoo`; returns its exit status."""
+    """Run ``kn-zoo`` and return its exit status."""
     return run(app, sys.argv[1:] or ["--help"])
-
-
-def run(command: typer.Typer, argv: Sequence[str] | None = None) -> int:
-    """Run a typer app; bad usage is one line on stderr and exit status 2."""
-    program = Path(sys.argv[0]).name
-    try:
-        status = typer.main.get_command(command).main(
-            args=None if argv is None else list(argv), prog_name=program, standalone_mode=False
-        )
-    except UsageError as error:
-        print(f"{program}: {one_line(error.format_message())}", file=sys.stderr)
-        return 2
-    except (typer.Abort, KeyboardInterrupt):
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return status or 0
-
-
-def one_line(text: object) -> str:
-    """Text, or a file name with whatever bytes, as one line that any terminal can show."""
-    line = " ".join(str(text).split())
-    return line.encode(errors="backslashreplace").decode()
 
 
 @app.command("list")
@@ -79,67 +56,66 @@ def list_models(
         str, typer.Argument(help="Part of a name or data set, or a pattern with * and ?.")
     ] = "*",
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Only weights that can be loaded.")
+        bool, typer.Option("--pretrained", help="Only checkpoints that can be loaded.")
     ] = False,
 ) -> int:
-    """List networks and their weights, with accuracy under the default inference statistics."""
-    if not set(pattern) & set("*?["):
-        pattern = f"*{pattern}*"
+    """List networks and checkpoints, with their accuracy under the default inference statistics."""
     table = Table()
     table.add_column("name", overflow="fold")
     table.add_column("data set")
-    for column in ("top-1 %", "top-5 %", "parameters", "FLOPs"):
+    for column in ("top-1 %", "top-5 %", "parameters", "GFLOPs"):
         table.add_column(column, justify="right")
-    table.add_column("weights")
-    for name, weight in everything().items():
-        texts = [name, weight.dataset.name] if weight else [name]
-        wanted = not pretrained or (weight is not None and weight.available)
-        if wanted and any(fnmatch(text, pattern.lower()) for text in texts):
-            table.add_row(name, *(columns(weight) if weight else ()))
+    table.add_column("source")
+    glob = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    entries = all_models()
+    for name, checkpoint in entries.items():
+        texts = [name, checkpoint.dataset.name] if checkpoint else [name]
+        selected = not pretrained or (checkpoint is not None and checkpoint.available)
+        if selected and any(fnmatch(text, glob.lower()) for text in texts):
+            table.add_row(name, *(columns(checkpoint) if checkpoint else ()))
     if not table.rows:
-        raise UsageError(f"nothing is called {pattern!r}: `kn-zoo list` shows all names")
+        raise UsageError(f"nothing matches {pattern!r}. {hint(pattern, entries)}")
     console().print(table)
     return 0
 
 
-def everything() -> dict[str, Checkpoint | None]:
-    """All weights of the manifest, and the architectures that have none, by name."""
-    found: dict[str, Checkpoint | None] = dict(manifest.load())
-    trained = {weight.architecture for weight in manifest.load().values()}
+def all_models() -> dict[str, Checkpoint | None]:
+    """Return the checkpoints of the manifest and the architectures that have none, by name."""
+    entries: dict[str, Checkpoint | None] = dict(manifest.load())
+    trained = {checkpoint.architecture for checkpoint in manifest.load().values()}
     for name in timm.list_models():
         ours = timm.models.model_entrypoint(name).__module__.startswith(f"{kn_zoo.__name__}.")
         if ours and name not in trained:
-            found[name] = None
-    return dict(sorted(found.items()))
+            entries[name] = None
+    return dict(sorted(entries.items()))
 
 
-def columns(weight: Checkpoint) -> list[str]:
+def hint(name: str, known: Iterable[str]) -> str:
+    """Suggest known names that are similar to a name."""
+    similar = get_close_matches(name.lower(), known, n=3)
+    if similar:
+        return f"Did you mean {' or '.join(similar)}?"
+    return "Run `kn-zoo list` to see all names."
+
+
+def columns(checkpoint: Checkpoint) -> list[str]:
     # Published numbers may have been measured under other statistics than the default ones.
-    reported = weight.reported.statistics
-    name = "expected" if "expected" in reported else next(iter(reported))
-    note = "" if name == "expected" else f" ({name})"
-    accuracy = reported[name]
+    reported = checkpoint.reported.statistics
+    statistics = "expected" if "expected" in reported else next(iter(reported))
+    note = "" if statistics == "expected" else f" ({statistics})"
+    accuracy = reported[statistics]
     return [
-        weight.dataset.name,
+        checkpoint.dataset.name,
         f"{accuracy.top1:.2f}{note}",
         "" if accuracy.top5 is None else f"{accuracy.top5:.2f}{note}",
-        f"{weight.parameters:,}",
-        f"{weight.flops / 1e9:.2f} G",
-        origin(weight),
+        f"{checkpoint.parameters:,}",
+        manifest.gflops(checkpoint.flops),
+        checkpoint.source,
     ]
 
 
-def origin(weight: Checkpoint) -> str:
-    """Where the weights file comes from."""
-    if weight.file and weight.bundle:
-        return "in the package"
-    if weight.file and weight.hub:
-        return "on the Hub"
-    return "imported on first use" if weight.upstream else "to train"
-
-
 def console() -> Console:
-    """Standard output; in a file or pipe, lines are as long as they need to be."""
+    """Return the console of standard output; in a file or pipe, lines are not wrapped."""
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = max(out.width, 132)
@@ -148,12 +124,12 @@ def console() -> Console:
 
 @app.command()
 def info(name: Annotated[str, typer.Argument(help="architecture or architecture.tag")]) -> int:
-    """Describe a weight, or a network that has none."""
-    known = everything()
-    if name in known and known[name] is None:
+    """Describe a checkpoint, or a network that has none."""
+    entries = all_models()
+    if name in entries and entries[name] is None:
         facts = describe_architecture(name)
     else:
-        facts = describe_weight(found_weight(name, among=known))
+        facts = describe_checkpoint(find_checkpoint(name, entries))
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -163,13 +139,14 @@ def info(name: Annotated[str, typer.Argument(help="architecture or architecture.
     return 0
 
 
-def found_weight(name: str, among: Iterable[str] = ()) -> Checkpoint:
+def find_checkpoint(name: str, known: Iterable[str] = ()) -> Checkpoint:
+    """Return the checkpoint of a name; a `UsageError` suggests one of the known names."""
     try:
         return manifest.find(name)
     except LookupError as error:
-        near = get_close_matches(name, among, n=3)
-        hint = f"Nothing is called {name!r}. Did you mean {' or '.join(near)}?"
-        raise UsageError(hint if near else str(error.args[0])) from None
+        if get_close_matches(name, known):
+            raise UsageError(f"there is no {name!r}. {hint(name, known)}") from None
+        raise UsageError(str(error.args[0])) from None
 
 
 def describe_architecture(name: str) -> dict[str, str]:
@@ -182,37 +159,39 @@ def describe_architecture(name: str) -> dict[str, str]:
         "classes": str(model.num_classes),
         "parameters": f"{bundle.parameters(model):,}",
         "FLOPs": f"{bundle.flops(model, size):,} (one image)",
-        "weights": "none has been trained yet",
+        "checkpoint": "none yet",
         "use": f'timm.create_model("{name}")',
     }
 
 
-def describe_weight(weight: Checkpoint) -> dict[str, str]:
-    steps, of = weight.preprocessing, weight.dataset
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
+    steps, dataset, file = checkpoint.preprocessing, checkpoint.dataset, checkpoint.file
+    licenses = checkpoint.licenses
     facts = {
-        "weight": weight.name,
-        "data set": f"{of.name}, {of.num_classes} classes",
-        "measured on": f"{of.images:,} images ({of.split}) by {weight.reported.by}",
+        "checkpoint": checkpoint.name,
+        "data set": f"{dataset.name}, {dataset.num_classes} classes",
+        "measured on": f"{dataset.images:,} images ({dataset.split}) by {checkpoint.reported.by}",
     }
-    for name, accuracy in weight.reported.statistics.items():
+    for statistics, accuracy in checkpoint.reported.statistics.items():
         top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.2f} %"
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
-        facts[name] = f"top-1 {accuracy.top1:.2f} %{top5}{draws}"
+        facts[statistics] = f"top-1 {accuracy.top1:.2f} %{top5}{draws}"
     facts |= {
-        "parameters": f"{weight.parameters:,}",
-        "FLOPs": f"{weight.flops:,} (one image)",
+        "parameters": f"{checkpoint.parameters:,}",
+        "FLOPs": f"{checkpoint.flops:,} (one image)",
         "input": " x ".join(map(str, steps.input_size))
         + f", {steps.interpolation}, {steps.crop_mode} crop {steps.crop_pct:g}",
         "mean, std": f"{list(steps.mean)}, {list(steps.std)}",
-        "file": f"{weight.file.bytes:,} bytes, {weight.file.dtype}" if weight.file else "none yet",
-        "SHA-256": weight.file.sha256 if weight.file else "",
-        "weights": origin(weight),
-        "Hub": weight.hub.id if weight.hub else "",
-        "published at": weight.upstream.source if weight.upstream else "",
-        "licences": f"code {weight.licenses.code}, weights {weight.licenses.weights}, "
-        f"data {weight.licenses.data}",
-        "recipe": weight.recipe or "",
-        "use": f'timm.create_model("{weight.name}", pretrained=True)',
+        "file": f"{file.bytes:,} bytes, {file.dtype}" if file else "",
+        "SHA-256": file.sha256 if file else "",
+        "source": ", ".join(checkpoint.sources) or checkpoint.source,
+        "Hub": checkpoint.hub.id if checkpoint.hub else "",
+        "published at": checkpoint.upstream.source if checkpoint.upstream else "",
+        "licences": f"code {licenses.code}, weights {licenses.weights}, data {licenses.data}",
+        "recipe": checkpoint.recipe or "",
+        "use": f'timm.create_model("{checkpoint.name}", pretrained=True)'
+        if checkpoint.available
+        else "",
     }
     return {key: value for key, value in facts.items() if value}
 
@@ -223,78 +202,67 @@ def download(
         list[str], typer.Argument(metavar="[NAME]... DIR", help="architecture[.tag]; the directory")
     ],
     everything: Annotated[
-        bool, typer.Option("--all", help="Every weight whose hash is in the manifest.")
+        bool, typer.Option("--all", help="Every checkpoint whose hash is in the manifest.")
     ] = False,
 ) -> int:
-    """Make a directory of weights that KN_ZOO_WEIGHTS=DIR serves on a machine without a network."""
-    *names, place = arguments
+    """Put checkpoints into a directory, for KN_ZOO_WEIGHTS=DIR on a machine without a network."""
+    *names, directory = arguments
     if bool(names) == everything:
         raise UsageError("give names and a directory, or --all and a directory")
-    chosen = [found_weight(name) for name in names]
+    selected = [find_checkpoint(name) for name in names]
     if everything:
-        chosen = [weight for weight in manifest.load().values() if weight.file and weight.available]
-    with told():
-        for weight in track(chosen, "weights", console=Console(stderr=True)):
-            offline.add([weight], Path(place))
-    print(f"{place}: {', '.join(weight.name for weight in chosen)}")
+        selected = [entry for entry in manifest.load().values() if entry.file and entry.available]
+    with cli_errors():
+        for checkpoint in track(selected, "checkpoints", console=Console(stderr=True)):
+            offline.add([checkpoint], Path(directory))
+    print(f"{directory}: {', '.join(checkpoint.name for checkpoint in selected)}")
     return 0
 
 
 @app.command()
-def verify(
-    place: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `kn-zoo download`.")],
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `kn-zoo download`.")],
 ) -> int:
-    """Check every file of a directory of weights: SHA256SUMS, and the manifest for the tensors."""
-    with told():
-        wrong = offline.problems(place)
-    for line in wrong:
+    """Check the files of a directory: all against SHA256SUMS, the weights against the manifest."""
+    with cli_errors():
+        problems = offline.problems(directory)
+    for line in problems:
         print(one_line(line))
-    print(f"{place}: {f'{len(wrong)} problems' if wrong else 'all is as it should be'}")
-    return 1 if wrong else 0
+    print(f"{directory}: {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}")
+    return 1 if problems else 0
 
 
 @app.command("import")
 def import_checkpoint(
-    name: Annotated[str, typer.Argument(help="A weight of others, such as knresnet50.")],
-    file: Annotated[Path, typer.Argument(help="The checkpoint, downloaded by hand.")],
+    name: Annotated[str, typer.Argument(help="A checkpoint of the authors, such as knresnet50.")],
+    file: Annotated[Path, typer.Argument(help="The file, downloaded by hand.")],
 ) -> int:
-    """Check and convert a checkpoint of the authors; from then on timm.create_model loads it."""
-    weight = found_weight(name)
-    if weight.upstream is None:
-        raise UsageError(f"{weight.name} is not imported: `kn-zoo info {name}` tells about it")
-    with told():
-        stored = upstream.import_checkpoint(weight, file)
-    print(f"{weight.name}: SHA-256 {stored.sha256}, {stored.bytes:,} bytes")
+    """Check and convert a checkpoint of the authors; timm.create_model loads it afterwards."""
+    checkpoint = find_checkpoint(name)
+    if checkpoint.upstream is None:
+        raise UsageError(
+            f"{checkpoint.name} is not a checkpoint of the authors. See `kn-zoo info {name}`."
+        )
+    with cli_errors():
+        stored = upstream.import_checkpoint(checkpoint, file)
+    print(f"{checkpoint.name}: SHA-256 {stored.sha256}, {stored.bytes:,} bytes")
     return 0
 
 
 @app.command()
 def pin(
     results: Annotated[
-        Path, typer.Argument(help="What `eval/verify.py NAME --json FILE` wrote on ImageNet.")
+        Path, typer.Argument(help="Written by `eval/verify.py NAME --json FILE` on ImageNet.")
     ],
 ) -> int:
-    """Write hash and measured accuracy of an imported weight into the manifest of a checkout."""
+    """Write hash and measured accuracy of an imported checkpoint into the manifest of a clone."""
     if manifest.PATH.parent == manifest.PACKAGE:
-        raise UsageError("only a checkout's manifest can be changed: run this in one")
-    with told():
-        with results.open("rb") as file:
-            document = manifest.parse_json(file.read(manifest.MAX_BYTES + 1))
-        for weight in upstream.measured(document):
-            manifest.write_entry(weight)
-            print(f"{weight.name}: pinned in {manifest.PATH}")
+        raise UsageError("the manifest of an installed package is not changed: run this in a clone")
+    with cli_errors():
+        for checkpoint in upstream.measured(files.read_json(results)):
+            manifest.write_entry(checkpoint)
+            print(f"{checkpoint.name}: pinned in {manifest.PATH}")
     return 0
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """What cannot be had or written is one line; warnings are too."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(one_line(message), file=sys.stderr)
-            yield
-    except (loading.WeightsError, manifest.ManifestError, OSError, ValueError) as error:
-        raise UsageError(str(error)) from None
 
 
 @app.command()
@@ -304,16 +272,16 @@ def predict(
         str | None,
         typer.Option(
             help="architecture[.tag], or a bundle as timm names it: local-dir:FOLDER, "
-            "hf-hub:REPOSITORY. By default the first weight that travels with the package."
+            "hf-hub:REPOSITORY. Default: the first checkpoint in the package."
         ),
     ] = None,
 ) -> int:
     """Print the five most probable classes of each image.
 
-    An image that cannot be used gets one line on stderr; the others are classified, and the exit
+    An image that cannot be used gives one line on stderr; the others are classified, and the exit
     status is 2.
     """
-    network, class_names = load_classifier(model)
+    network, names = load_classifier(model)
     transform = evaluate.eval_transform(network)
     failed = 0
     for path in images:
@@ -328,46 +296,60 @@ def predict(
         print(one_line(path))
         indices, values = evaluate.best(probabilities, 5)
         for index, value in zip(indices[0].tolist(), values[0].tolist(), strict=True):
-            print(f"  {100 * value:6.2f} %  {class_names[index]}")
+            print(f"  {100 * value:6.2f} %  {names[index]}")
     return 2 if failed else 0
 
 
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+) -> int:
+    """Serve a page on this machine that classifies images and shows what KNConv sees."""
+    try:
+        from kn_zoo import demo as page
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error}: pip install 'kn_zoo[demo]'") from None
+    page.serve(port)
+    return 0
+
+
 def load_classifier(name: str | None) -> tuple[nn.Module, Sequence[str]]:
-    """A model in eval mode, and what its classes are called."""
+    """Return a model in eval mode and the names of its classes."""
     try:
         if name and ":" in name:
             model: Any = timm.create_model(name, pretrained=True).eval()
             numbers = [f"class {i}" for i in range(model.num_classes)]
             return model, model.pretrained_cfg.get("label_names") or numbers
-        weight = found_weight(name) if name else default_weight()
-        model = timm.create_model(weight.name, pretrained=True).eval()
-        return model, class_names(weight)
+        checkpoint = find_checkpoint(name) if name else default_checkpoint()
+        model = timm.create_model(checkpoint.name, pretrained=True).eval()
+        return model, class_names(checkpoint)
     except (loading.WeightsError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from None
 
 
-def class_names(weight: Checkpoint) -> Sequence[str]:
-    if weight.upstream and not weight.hub:  # imported: there is no bundle that could tell
-        info = ImageNetInfo()
-        return [info.index_to_description(i) for i in range(weight.dataset.num_classes)]
-    return bundle.get(weight).class_names
+def class_names(checkpoint: Checkpoint) -> Sequence[str]:
+    if checkpoint.upstream and not checkpoint.hub:  # it has no bundle
+        imagenet = ImageNetInfo()
+        return [imagenet.index_to_description(i) for i in range(checkpoint.dataset.num_classes)]
+    return bundle.get(checkpoint).class_names
 
 
-def default_weight() -> Checkpoint:
-    embedded = [weight for weight in manifest.load().values() if weight.bundle]
-    if not embedded:
-        raise UsageError("no weight travels with this package: name one with --model")
-    return embedded[0]
+def default_checkpoint() -> Checkpoint:
+    for checkpoint in manifest.load().values():
+        if checkpoint.file and checkpoint.bundle == "package":
+            return checkpoint
+    raise UsageError("the package contains no checkpoint: name one with --model")
 
 
 def open_image(path: str) -> Image.Image:
-    """A decoded image with 8 bits a channel, upright as its camera says.
+    """Decode an image with 8 bits a channel, and rotate it as its EXIF orientation says.
 
-    Raises `UnusableImage` for what is no image, is broken, or is too large to be decoded safely.
+    Raises:
+        UnusableImage: the file is not an image, is damaged, or is too large to decode safely.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd files; sizes are checked here
+            warnings.simplefilter("ignore")  # Pillow's warnings; sizes are checked here
             with Image.open(path) as image:
                 check_size(*image.size)
                 image.load()
@@ -381,7 +363,7 @@ def open_image(path: str) -> Image.Image:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else f"corrupt image ({error})"
         raise UnusableImage(reason) from None
-    except Exception as error:  # decoders raise anything on broken files
+    except Exception as error:  # decoders raise anything on damaged files
         reason = f"corrupt image ({type(error).__name__}: {error})"
         raise UnusableImage(reason) from None
     if upright.mode.startswith(("I", "F")):  # 16 or 32 bits; Pillow would clip them, not scale
@@ -390,6 +372,7 @@ def open_image(path: str) -> Image.Image:
 
 
 def check_size(width: int, height: int) -> None:
+    """Raise `UnusableImage` for an image that is too large or too elongated."""
     if width * height > MAX_PIXELS:
         raise UnusableImage(
             f"{width:,} x {height:,} are more than {MAX_PIXELS:,} pixels: make it smaller"

@@ -1,4 +1,4 @@
-"""`kn-zoo` lists what there is, and classifies what can be classified."""
+"""The command `kn-zoo`."""
 
 import io
 import subprocess
@@ -30,12 +30,14 @@ def run(*arguments: object) -> int:
 
 
 def names(table: str) -> list[str]:
-    """The first column of what `list` printed."""
+    """Return the first column of the table that `list` prints."""
     rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
     return [name for name in rows if name]
 
 
-def test_list_has_every_network_and_weight(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_has_every_network_and_checkpoint(
+    zoo: Zoo, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("list") == 0
     listed = names(capsys.readouterr().out)
     ours = {
@@ -65,17 +67,19 @@ def test_list_filters(
     assert set(names(capsys.readouterr().out)) == expected
 
 
-def test_info_tells_what_the_manifest_has(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_entry_of_the_manifest(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (NAME, tiny_zoo.ARCHITECTURE):
         assert run("info", name) == 0
         printed = capsys.readouterr().out
-        assert zoo.weight.file and zoo.weight.file.sha256 in printed
+        assert zoo.checkpoint.file and zoo.checkpoint.file.sha256 in printed
         assert "top-1 25.00 %, top-5 75.00 %" in printed
-        assert f"{zoo.weight.parameters:,}" in printed and f"{zoo.weight.flops:,}" in printed
+        assert (
+            f"{zoo.checkpoint.parameters:,}" in printed and f"{zoo.checkpoint.flops:,}" in printed
+        )
         assert "in the package" in printed and "data CC-BY-4.0" in printed
 
 
-def test_info_measures_a_network_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_measures_a_network_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "knpreactresnet18_cifar") == 0
     model = timm.create_model("knpreactresnet18_cifar")
     printed = capsys.readouterr().out
@@ -93,7 +97,7 @@ def test_predict_is_what_the_model_says(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [digit(tmp_path, number) for number in (3, 70)]
-    assert run("predict", *images) == 0  # by default with the weight that travels with the package
+    assert run("predict", *images) == 0  # by default with the first checkpoint in the package
     printed = capsys.readouterr().out
     assert run("predict", *images, "--model", NAME) == 0
     assert capsys.readouterr().out == printed
@@ -112,7 +116,7 @@ def test_predict_with_a_bundle_of_ones_own(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "mine"
-    tiny_zoo.write(zoo.model, tiny_zoo.draft(), tmp_path / "log", folder=folder)
+    tiny_zoo.write(zoo.model, tiny_zoo.draft(), tmp_path / "log", target=folder)
     image = digit(tmp_path)
     assert run("predict", image, "--model", NAME) == 0
     expected = capsys.readouterr().out
@@ -121,7 +125,7 @@ def test_predict_with_a_bundle_of_ones_own(
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says it has this size; its pixels, all black, take next to no space."""
+    """Return a PNG with this size in its header, and few bytes of black pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content).to_bytes(4, "big")
@@ -130,7 +134,7 @@ def png_of(width: int, height: int) -> bytes:
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
     row = bytes(1 + (width + 7) // 8)
     deflate, pixels = zlib.compressobj(), b""
-    for _ in range(min(height, 100)):  # the rest is missing, which nobody gets to see
+    for _ in range(min(height, 100)):  # a large image is refused before its pixels are read
         pixels += deflate.compress(row)
     pixels += deflate.flush()
     start = b"\x89PNG\r\n\x1a\n"
@@ -180,7 +184,7 @@ def test_an_unusable_image_is_one_line_and_the_rest_go_on(
 
 @pytest.mark.parametrize("flip", range(40))
 def test_damaged_files_never_raise(tmp_path: Path, flip: int) -> None:
-    """Whatever a decoder makes of flipped bytes: an image or an `UnusableImage`."""
+    """A damaged file gives an image or an `UnusableImage`."""
     random = np.random.RandomState(flip)
     form = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO")[flip % 8]
     content = bytearray(encoded(NOISE, form))
@@ -205,10 +209,10 @@ def test_images_are_turned_as_the_camera_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["list", "nothing-like-it"], "nothing is called"),
+        (["list", "nothing-like-it"], "nothing matches 'nothing-like-it'"),
         (["info", "knresnet18_cifra"], "Did you mean knresnet18_cifar"),
         (["predict"], "IMAGE"),
-        (["predict", "x.png", "--model", "knresnet8_cifar"], "No weight is called"),
+        (["predict", "x.png", "--model", "knresnet8_cifar"], "There is no checkpoint"),
         (["predict", "x.png", "--model", "local-dir:nowhere"], "nowhere"),
         (["frobnicate"], "frobnicate"),
         (["list", "--frobnicate"], "frobnicate"),
@@ -222,7 +226,7 @@ def test_bad_usage_is_one_line_and_status_2(
     assert message in err and err.count("\n") == 1 and not out
 
 
-def test_a_corrupt_weight_is_one_line(
+def test_a_corrupt_checkpoint_is_one_line(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = bytearray(zoo.file.read_bytes())
@@ -233,7 +237,7 @@ def test_a_corrupt_weight_is_one_line(
     assert "SHA-256" in err and err.count("\n") == 1 and not out
 
 
-def test_without_weights_predict_says_so(
+def test_predict_without_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_zoo.empty_manifest(tmp_path, monkeypatch)
@@ -241,13 +245,35 @@ def test_without_weights_predict_says_so(
     assert "name one with --model" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["list"], ["info", "knresnet18"]], ids=lambda a: a[0])
+def test_standard_output_on_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    """Both for output that fills Python's buffer, and for output that is written at exit."""
+    command = [sys.executable, "-m", "kn_zoo.cli", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "cli.py: standard output cannot be written: No space left on device\n"
+
+
+def test_list_suggests_names_and_quotes_what_was_typed(
+    zoo: Zoo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("list", "knresnet18_cifr") == 2
+    message = capsys.readouterr().err
+    assert "'knresnet18_cifr'. Did you mean knresnet18_cifar" in message
+    assert run("list", "nosuch") == 2
+    message = capsys.readouterr().err
+    assert "'nosuch'. Run `kn-zoo list`" in message and "*" not in message
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
-    """The installed command, as a process of its own, with a file name that is no text."""
+    """The installed command in another process, with a file name that is not text."""
     command = Path(sys.executable).with_name("kn-zoo")
     if not command.exists():
         pytest.skip("kn_zoo is not installed")
     name = str(tmp_path).encode() + b"/\xff.png"
-    embedded = [weight for weight in manifest.load().values() if weight.bundle]
+    embedded = [checkpoint for checkpoint in manifest.load().values() if checkpoint.bundle]
     done = subprocess.run([command, "predict", name], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert ("No such file" if embedded else "name one with --model") in done.stderr

@@ -140,7 +140,9 @@ def test_a_flipped_bit_of_cifar_is_refused(
 
 
 def test_errors_about_missing_images_name_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match=r"KN_ZOO_DATA .*cifar100/cifar-100-python, .* --download"):
+    with pytest.raises(
+        MissingData, match=r"KN_ZOO_DATA .*cifar100/cifar-100-python, .* --download"
+    ):
         data.load("cifar100", "test")
     with pytest.raises(MissingData, match=r"imagenet-1k/val/n01440764/\*\.JPEG"):
         data.load("imagenet-1k", "validation")

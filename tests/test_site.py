@@ -1,5 +1,4 @@
-"""The documentation site builds, its links lead somewhere, it loads nothing from other hosts, and the
-tutorial runs."""
+"""The documentation site builds, is whole and loads nothing from elsewhere; the tutorial runs."""
 
 import re
 import subprocess
@@ -37,6 +36,9 @@ class References(HTMLParser):
             (self.linked if tag == "a" or only_names else self.loaded).append(values["href"])
 
 
+Pages = dict[Path, References]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -47,18 +49,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pages(site: Path) -> dict[Path, References]:
+def pages(site: Path) -> Pages:
     texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     return {path: References(text) for path, text in texts.items()}
 
 
-def test_every_page_of_the_menu_is_built(site, pages):
+def test_every_page_of_the_menu_is_built(site: Path, pages: Pages) -> None:
     menu = re.findall(r": (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     built = {path.parent.relative_to(site).as_posix() for path in pages}
     assert len(menu) >= 15 and {name for name in menu if name != "index"} <= built
 
 
-def test_nothing_is_loaded_from_other_hosts(site, pages):
+def test_nothing_is_loaded_from_other_hosts(site: Path, pages: Pages) -> None:
     loaded = [url for references in pages.values() for url in references.loaded]
     for path in site.rglob("*.css"):
         loaded += re.findall(r"url\(\s*[\"']?([^\"')]+)", path.read_text(encoding="utf-8"))
@@ -66,8 +68,9 @@ def test_nothing_is_loaded_from_other_hosts(site, pages):
     assert [url for url in loaded if url.startswith(("http:", "https:", "//"))] == []
 
 
-def test_links_within_the_site_lead_somewhere(site, pages):
-    broken, checked = [], 0
+def test_links_within_the_site_lead_somewhere(site: Path, pages: Pages) -> None:
+    broken: list[str] = []
+    checked = 0
     for path, references in pages.items():
         if path.name == "404.html":  # its links are absolute
             continue
@@ -84,12 +87,12 @@ def test_links_within_the_site_lead_somewhere(site, pages):
     assert checked > 500 and broken == []
 
 
-def test_formulas_are_mathml(site):
+def test_formulas_are_mathml(site: Path) -> None:
     text = (site / "kernel-normalization" / "index.html").read_text(encoding="utf-8")
     assert text.count("<math") > 10 and "arithmatex" not in text
 
 
-def test_every_public_name_is_documented(pages, site):
+def test_every_public_name_is_documented(pages: Pages, site: Path) -> None:
     import kn_zoo
 
     documented = pages[site / "api" / "index.html"].anchors
@@ -97,7 +100,7 @@ def test_every_public_name_is_documented(pages, site):
     assert public <= documented
 
 
-def test_committed_outputs_of_the_tutorial_are_complete():
+def test_committed_outputs_of_the_tutorial_are_complete() -> None:
     code = [c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
     outputs = [output for cell in code for output in cell.outputs]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
@@ -107,7 +110,7 @@ def test_committed_outputs_of_the_tutorial_are_complete():
 
 
 @pytest.mark.timeout(600)
-def test_tutorial_runs():
+def test_tutorial_runs() -> None:
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()

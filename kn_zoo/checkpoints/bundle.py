@@ -1,15 +1,15 @@
-"""A weight's bundle: one folder that is laid out as its Hugging Face Hub repository.
+"""Bundles: one folder per checkpoint, laid out as its Hugging Face Hub repository.
 
-``model.safetensors``   the tensors; their hash is in the manifest
+``model.safetensors``   tensors; their SHA-256 is in the manifest (left out for some baselines)
 ``config.json``         timm's description of the network, with the class names
 ``README.md``           model card
-``recipe.yaml``         the settings that the training ran with
-``train_log.csv``       its progress
+``recipe.yaml``         settings of the training run
+``train_log.csv``       its metrics, one row per epoch
 ``predictions.npz``     top-5 classes and logits of every image of the evaluation set
 ``environment.txt``     versions and hardware
 
-``config.json`` and ``README.md`` follow from the manifest: ``python -m kn_zoo.checkpoints.bundle`` writes them
-anew for every bundle that travels with the package.
+``config.json`` and ``README.md`` are generated from the manifest: ``python -m
+kn_zoo.checkpoints.bundle`` updates them in every bundle of the package and the repository.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from kn_zoo import __version__
-from kn_zoo.checkpoints import loading, manifest
+from kn_zoo.checkpoints import files, loading, manifest
 from kn_zoo.checkpoints.card import card
 from kn_zoo.checkpoints.loading import CONFIG
 from kn_zoo.checkpoints.manifest import WEIGHTS_FILE, Checkpoint, File
@@ -56,7 +55,7 @@ class Bundle:
     folder: Path
 
     @property
-    def weight(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
         """Its entry in the manifest; `LookupError` if it has none."""
         return manifest.find(str(self._config().get(loading.MARKER)))
 
@@ -69,26 +68,21 @@ class Bundle:
 
     @property
     def near_tie_bound(self) -> float:
-        """Two logits of an image closer than this may change places on other hardware."""
+        """Two logits of an image closer than this may be ordered differently on other hardware."""
         return float(self._arrays()["near_tie_bound"])
 
     def predictions(self) -> Predictions:
-        """What the stored weights say about each image, under the statistics ``expected``."""
+        """Return the predictions of the stored weights under the statistics ``expected``."""
         arrays = self._arrays()
         return Predictions(arrays["indices"], arrays["logits"], arrays["targets"])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors in float32, after their file's hash was compared with the manifest's."""
-        return loading.read(self.folder / WEIGHTS_FILE, self.weight)
 
     def _config(self) -> dict[str, Any]:
         path = self.folder / CONFIG
         try:
-            with path.open("rb") as file:
-                return manifest.parse_json(file.read(manifest.MAX_BYTES + 1))
+            return files.read_json(path)
         except (OSError, ValueError) as error:
             raise loading.CorruptWeights(
-                f"{path} cannot be read ({loading.first_line(error)}): get the bundle again, or "
+                f"{path} cannot be read ({files.first_line(error)}): download the bundle again, or "
                 "restore the file with git."
             ) from error
 
@@ -97,33 +91,41 @@ class Bundle:
             return dict(arrays)
 
 
-def get(weight: Checkpoint, cache_dir: str | Path | None = None) -> Bundle:
-    """The bundle of a weight: the one that travels with the package, else the Hub's.
+def files_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the files of a checkpoint's bundle."""
+    return FILES if checkpoint.file else FILES[1:]
+
+
+def get(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Bundle:
+    """Return the bundle of a checkpoint, after downloading it from the Hub if necessary.
 
     Raises:
-        MissingWeights: a file of it is in neither.
+        MissingWeights: a file of it cannot be found.
     """
-    files = [loading.locate(weight, name, cache_dir) for name in FILES]
-    return Bundle(files[0].parent)
+    paths = [loading.locate(checkpoint, name, cache_dir) for name in files_of(checkpoint)]
+    return Bundle(paths[0].parent)
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
+    """Count the trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Operations of the convolutions and linear layers for one image of `input_size` (C, H, W).
+    """Count the operations of the convolutions and linear layers for one image.
 
-    A multiplication and an addition are two operations. What normalizes is left out, as is usual,
-    so the number says what the network is and not how a layer is implemented today.
+    A multiplication and an addition count as two. Normalization is not counted, as is usual, so
+    that the number describes the network and not the implementation of its layers.
+
+    Args:
+        input_size: shape of the image, (C, H, W).
     """
-    counted = 0
+    total = 0
 
     def count(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal counted
-        weight: Any = layer.weight  # (outputs, what each of them is a sum over)
-        counted += 2 * output.numel() * weight[0].numel()
+        nonlocal total
+        weight: Any = layer.weight  # weight[0]: the terms of the sum of one output
+        total += 2 * output.numel() * weight[0].numel()
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
@@ -135,13 +137,13 @@ def flops(model: nn.Module, input_size: Sequence[int]) -> int:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return counted
+    return total
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round a model's numbers to those that `dtype` can store; their type stays what it is.
+    """Round the numbers of a model to those that ``dtype`` can store; their type stays the same.
 
-    Call it before the evaluation whose predictions go into the bundle.
+    Call it before the evaluation whose predictions are stored in the bundle.
     """
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -159,82 +161,93 @@ def write(
     class_names: Sequence[str],
     dtype: torch.dtype = torch.float32,
     seconds: float | None = None,
-    folder: Path | None = None,
+    target: Path | str = "package",
+    include_weights: bool = True,
 ) -> Checkpoint:
-    """Write a trained model as a bundle of the package, and enter it in the manifest.
+    """Write the bundle of a trained model, and its entry in the manifest.
 
-    Everything is written beside and put into place at the end: a bundle of that name is replaced by
-    the whole new one or stays as it is.
+    The bundle is replaced atomically: it is written completely, or stays as it was.
 
     Args:
-        draft: what the manifest shall say; file, parameters and FLOPs are taken from the model.
-        recipe: the settings that the training ran with.
-        log: the CSV file of its progress.
+        draft: the entry; its file, parameters, FLOPs and bundle are filled in.
+        recipe: settings of the training run.
+        log: CSV file of its metrics.
         predictions: made by ``model`` as it is stored, see `round_weights`.
-        dtype: how floating-point numbers are stored.
-        seconds: that the training took, where that is known.
-        folder: a place outside the package: the bundle is then the user's own, not in the manifest.
+        dtype: type that floating-point numbers are stored in.
+        seconds: duration of the training.
+        target: "package" or "repository" (see `Checkpoint.bundle`), or another folder: the bundle
+            is then the user's own and not in the manifest.
+        include_weights: False leaves the weights file out, for baselines of which the predictions
+            are enough.
 
     Returns:
-        The weight as the manifest has it.
+        The entry as it is in the manifest.
 
     Raises:
-        ValueError: the model's numbers are not those that ``dtype`` stores, a class has no name, or
-            ``folder`` holds something else than a bundle.
-        OSError: the disk is full or not writable; what was there before is untouched.
+        ValueError: ``dtype`` cannot store the numbers of the model, a class has no name, the entry
+            is invalid, or the folder holds other files than those of a bundle.
+        WriteError: the bundle or the manifest cannot be written; both are unchanged.
     """
     if len(class_names) != draft.dataset.num_classes:
         raise ValueError(f"Give {draft.dataset.num_classes} class names, not {len(class_names)}.")
     data = to_safetensors(_stored(model, dtype), metadata={"format": "pt"})
     sha256 = hashlib.sha256(data).hexdigest()
-    weight = replace(
+    file = File(sha256, len(data), str(dtype).removeprefix("torch."))
+    in_manifest = target in ("package", "repository")
+    checkpoint = replace(
         draft,
-        file=File(sha256, len(data), str(dtype).removeprefix("torch.")),
+        file=file if include_weights else None,
         parameters=parameters(model),
         flops=flops(model, draft.preprocessing.input_size),
-        bundle=folder is None,
+        bundle=str(target) if in_manifest else None,
     )
-    took = "" if seconds is None else f"training {seconds / 3600:.3g} hours\n"
+    duration = "" if seconds is None else f"training {seconds / 3600:.3g} hours\n"
     contents = {
         WEIGHTS_FILE: data,
-        CONFIG: config(weight, model, class_names, in_manifest=folder is None).encode(),
-        CARD: card(weight).encode(),
+        CONFIG: config(checkpoint, model, class_names, in_manifest).encode(),
+        CARD: card(checkpoint).encode(),
         RECIPE: yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode(),
         LOG: log.read_bytes(),
         PREDICTIONS: _predictions_file(predictions),
-        ENVIRONMENT: (environment() + took).encode(),
+        ENVIRONMENT: (environment() + duration).encode(),
     }
-    with _replaced(folder or weight.folder, contents):
-        if folder is None:
-            manifest.write_entry(weight)
-    return weight
+    folder = checkpoint.folder if in_manifest else Path(target)
+    if unexpected := {path.name for path in folder.glob("*")} - set(FILES):
+        raise ValueError(
+            f"{folder} contains {min(unexpected)}: choose a new folder for the bundle."
+        )
+    names = files_of(checkpoint)
+    with files.replace_folder(folder, {name: contents[name] for name in names}):
+        if in_manifest:
+            manifest.write_entry(checkpoint)
+    return checkpoint
 
 
 def config(
-    weight: Checkpoint, model: nn.Module, class_names: Sequence[str], in_manifest: bool = True
+    checkpoint: Checkpoint, model: nn.Module, class_names: Sequence[str], in_manifest: bool = True
 ) -> str:
-    """``config.json`` as timm reads it from a Hub repository or a folder.
+    """Return ``config.json`` as timm reads it from a Hub repository or a folder.
 
-    The mark that `kn_zoo.checkpoints.loading` knows a manifest weight by is set only if it is `in_manifest`.
+    The marker that identifies a checkpoint of the manifest is set only if it is ``in_manifest``.
     """
     registered: Any = model.pretrained_cfg
-    cfg = {k: v for k, v in weight.pretrained_cfg().items() if k not in ("file", "hf_hub_id")}
-    cfg.update({k: registered[k] for k in ("first_conv", "classifier")}, tag=weight.tag)
+    cfg = {k: v for k, v in checkpoint.pretrained_cfg().items() if k not in ("file", "hf_hub_id")}
+    cfg.update({k: registered[k] for k in ("first_conv", "classifier")}, tag=checkpoint.tag)
     document = {
-        "architecture": weight.architecture,
-        "num_classes": weight.dataset.num_classes,
+        "architecture": checkpoint.architecture,
+        "num_classes": checkpoint.dataset.num_classes,
         "num_features": model.num_features,
-        "model_args": dict(weight.model_args),
+        "model_args": dict(checkpoint.model_args),
         "label_names": list(class_names),
         "pretrained_cfg": cfg,
     }
     if in_manifest:
-        document[loading.MARKER] = weight.name
+        document[loading.MARKER] = checkpoint.name
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def environment() -> str:
-    """Versions and hardware, one line each, and the commit if this is a checkout."""
+    """Return versions and hardware, one per line, and the commit in a checkout."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines = [f"kn_zoo {__version__}{_commit()}", f"python {platform.python_version()}"]
     lines += [f"torch {torch.__version__}", *(f"{name} {version(name)}" for name in _RECORDED)]
@@ -245,7 +258,7 @@ def environment() -> str:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the model name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -254,34 +267,40 @@ def cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the code, if this is a checkout; what training writes is no code."""
+    """Return the commit of a checkout, "-dirty" if files changed that are not generated."""
     root = manifest.PACKAGE.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return ""
-    written = [":!kn_zoo/pretrained", ":!weights_manifest.json", ":!results"]
+    generated = ("kn_zoo/pretrained", "checkpoints", "weights_manifest.json", "results")
+    exclude = [f":!{path}" for path in generated]
     commands = (
         ["git", "describe", "--always"],
-        ["git", "diff", "--quiet", "HEAD", "--", ".", *written],
+        ["git", "diff", "--quiet", "HEAD", "--", ".", *exclude],
     )
-    found, changed = (
+    describe, diff = (
         subprocess.run(command, cwd=root, capture_output=True, text=True) for command in commands
     )
-    dirty = "-dirty" if changed.returncode else ""
-    return f" at commit {found.stdout.strip()}{dirty}" if found.returncode == 0 else ""
+    dirty = "-dirty" if diff.returncode else ""
+    return f" at commit {describe.stdout.strip()}{dirty}" if describe.returncode == 0 else ""
 
 
 def refresh() -> list[Path]:
-    """Write anew what follows from the manifest in each bundle of the package; what changed."""
+    """Update the generated files of the bundles in the package and the repository.
+
+    Returns:
+        The files that changed.
+    """
     changed = []
-    for weight in manifest.load().values():
-        if not weight.bundle:
+    for checkpoint in manifest.load().values():
+        if not checkpoint.bundle:
             continue
-        model = timm.create_model(weight.name)
-        names = Bundle(weight.folder).class_names
-        for name, text in {CONFIG: config(weight, model, names), CARD: card(weight)}.items():
-            path = weight.folder / name
+        model = timm.create_model(checkpoint.name)
+        names = Bundle(checkpoint.folder).class_names
+        generated = {CONFIG: config(checkpoint, model, names), CARD: card(checkpoint)}
+        for name, text in generated.items():
+            path = checkpoint.folder / name
             if path.read_text(encoding="utf-8") != text:
-                manifest.write_text(path, text)
+                files.write_text(path, text)
                 changed.append(path)
     return changed
 
@@ -312,50 +331,6 @@ def _predictions_file(predictions: Predictions) -> bytes:
     return file.getvalue()
 
 
-@contextlib.contextmanager
-def _replaced(folder: Path, contents: Mapping[str, bytes]) -> Iterator[None]:
-    """Put a folder of files in the place of another; the other comes back if the body fails."""
-    strangers = {path.name for path in folder.glob("*")} - set(contents)
-    if strangers:
-        raise ValueError(f"{folder} holds {min(strangers)}: choose a new folder for the bundle.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-            new, old = Path(beside) / "new", Path(beside) / "old"
-            new.mkdir()
-            for name, data in contents.items():
-                _write_durably(new / name, data)
-            with _exchanged(folder, new, old):
-                yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder} could not be written ({error.strerror}); what was there is untouched. "
-            "Make room, or choose another folder.",
-        ) from error
-
-
-@contextlib.contextmanager
-def _exchanged(folder: Path, new: Path, old: Path) -> Iterator[None]:
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-        yield
-    except BaseException:
-        if old.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(old, folder)
-        raise
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 if __name__ == "__main__":
-    for changed_file in refresh():
-        print(changed_file)
+    for path in refresh():
+        print(path)

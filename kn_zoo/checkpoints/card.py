@@ -1,6 +1,4 @@
-"""The model card of a weight, generated from its entry in the manifest."""
-
-from typing import Any
+"""The model card of a checkpoint, generated from its entry in the manifest."""
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -16,75 +14,63 @@ CITATION = f"""@article{{nasirigerdeh2024kernelnorm,
   year={{2024}},
   url={{{PAPER}}}
 }}"""
-ON_HUB = {"cifar100": "uoft-cs/cifar100", "imagenet-1k": "ILSVRC/imagenet-1k"}  # data sets there
+HUB_DATASETS = {"cifar100": "uoft-cs/cifar100", "imagenet-1k": "ILSVRC/imagenet-1k"}
 
 
-def card(weight: Checkpoint) -> str:
-    """The model card: front matter as the Hub defines it, then what a reader wants to know."""
-    of, steps, file = weight.dataset, weight.preprocessing, weight.file
+def card(checkpoint: Checkpoint) -> str:
+    """Return the model card: front matter as the Hub defines it, then the text."""
+    dataset, steps = checkpoint.dataset, checkpoint.preprocessing
     size = "x".join(map(str, steps.input_size))
-    stored = f"{file.bytes:,} bytes, {file.dtype}, SHA-256 `{file.sha256}`" if file else "none"
-    seeds, runs = ", ".join(map(str, weight.seeds)), weight.mean_and_sd()
+    seeds, runs = ", ".join(map(str, checkpoint.seeds)), checkpoint.mean_and_sd()
     if runs:
-        seeds += f" (top-1 {runs[0]:.2f} ± {runs[1]:.2f} over {len(weight.runs)} seeds)"
+        seeds += f" (top-1 {runs[0]:.2f} ± {runs[1]:.2f} over {len(checkpoint.runs)} seeds)"
     return f"""---
-{front_matter(weight).to_yaml()}
+{front_matter(checkpoint).to_yaml()}
 ---
-# {weight.name}
+# {checkpoint.name}
 
-{introduction(weight)}
+{introduction(checkpoint)}
 
 ## Use
 
-```python
-{usage(weight)}
-```
-
-`import kn_zoo` registers the network with timm and compares the file's SHA-256 with its manifest. \
-From a checkout of kn_zoo, with nothing installed but the dependencies:
-
-```python
-import torch
-
-model = torch.hub.load(".", "{weight.architecture}", source="local", pretrained=True, \
-tag="{weight.tag}")
-```
+{use(checkpoint)}
 
 ## Results
 
-{results(weight)}
+{results(checkpoint)}
 
-Measured on {of.images:,} images ({of.name}, {of.split}) by {weight.reported.by}; random seeds of \
-the training runs: {seeds}, the stored file is that of the first. `predictions.npz` holds the top \
-classes of each image; `python eval/verify.py {weight.name}` computes them again.
+Measured on {dataset.images:,} images ({dataset.name}, {dataset.split}) by \
+{checkpoint.reported.by}. Random seeds of the training runs: {seeds}; the results are those of the \
+first. `predictions.npz` contains the top classes of each image. To recompute them, run \
+`python eval/verify.py {checkpoint.name}`.
 
 ## Training
 
 ```console
-$ python train_scripts/train.py {weight.recipe} {weight.name}
+$ python train_scripts/train.py {checkpoint.recipe} {checkpoint.name}
 ```
 
-`recipe.yaml` holds the settings, `train_log.csv` the progress, `environment.txt` versions and \
-hardware.
+`recipe.yaml` contains the settings, `train_log.csv` the metrics of each epoch, and \
+`environment.txt` versions and hardware.
 
-## Intended use and limits
+## Intended use and limitations
 
-Made for research into normalization and for comparison with other networks; a start for \
-fine-tuning. It knows the {of.num_classes} classes of {of.name} and no others, always answers \
-with one of them, and has not been tested on other images, on adversarial ones, or for bias: do \
-not base decisions about people on it.
+The checkpoint is made for research into normalization, for comparison with other networks, and as \
+a starting point for fine-tuning. It distinguishes the {dataset.num_classes} classes of \
+{dataset.name} and assigns one of them to every image. It has not been tested on other images, on \
+adversarial images, or for bias. Do not base decisions about people on it.
 
-- Parameters: {weight.parameters:,}
-- FLOPs of one image {size}: {weight.flops:,} (a multiplication and an addition are two)
+- Parameters: {checkpoint.parameters:,}
+- FLOPs for one image {size}: {checkpoint.flops:,} (a multiplication and an addition count as two)
 - Preprocessing: {steps.interpolation} resize, {steps.crop_mode} crop {steps.crop_pct:g}, \
 mean {list(steps.mean)}, std {list(steps.std)}
-- File: {stored}
+- File: {stored_file(checkpoint)}
 
 ## Licences
 
-- Code: {weight.licenses.code}
-- Weights: {weight.licenses.weights}
-- Data they were trained on: {weight.licenses.data}
+- Code: {checkpoint.licenses.code}
+- Weights: {checkpoint.licenses.weights}
+- Training data: {checkpoint.licenses.data}
 
 ```bibtex
 {CITATION}
@@ -92,33 +78,63 @@ mean {list(steps.mean)}, std {list(steps.std)}
 """
 
 
-def usage(weight: Checkpoint) -> str:
-    """Python that loads the weight, from the Hub by its own name too if it is there."""
-    names = [weight.name, *([f"hf-hub:{weight.hub.repository}"] if weight.hub else [])]
+def stored_file(checkpoint: Checkpoint) -> str:
+    """Describe the weights file."""
+    if file := checkpoint.file:
+        return f"{file.bytes:,} bytes, {file.dtype}, SHA-256 `{file.sha256}`"
+    return "none, only the predictions are stored"
+
+
+def use(checkpoint: Checkpoint) -> str:
+    """Explain how to load the checkpoint."""
+    if not checkpoint.available:
+        return "The weights are not stored. The recipe below trains them again."
+    from_clone = checkpoint.source == "in the repository"
+    return f"""{"In a clone of kn_zoo" if from_clone else "With kn_zoo installed"}:
+
+```python
+{usage(checkpoint)}
+```
+
+`import kn_zoo` registers the network with timm. The file is loaded only if its SHA-256 matches \
+the manifest. With torch.hub, from a clone only the dependencies are needed:
+
+```python
+import torch
+
+model = torch.hub.load(".", "{checkpoint.architecture}", source="local", pretrained=True, \
+tag="{checkpoint.tag}")
+```"""
+
+
+def usage(checkpoint: Checkpoint) -> str:
+    """Return Python code that loads the checkpoint with timm, and from the Hub if it is there."""
+    hub = checkpoint.hub
+    names = [checkpoint.name, *([f"hf-hub:{hub.repository}"] if hub else [])]
     lines = [f'model = timm.create_model("{name}", pretrained=True).eval()' for name in names]
     return "\n".join(["import timm, kn_zoo", "", *lines])
 
 
-def introduction(weight: Checkpoint) -> str:
+def introduction(checkpoint: Checkpoint) -> str:
     paper = f"[Kernel Normalized Convolutional Networks](https://arxiv.org/abs/{ARXIV})"
-    if weight.norm == "kernel":
+    data = checkpoint.dataset.name
+    if checkpoint.norm == "kernel":
         return (
-            f"A Kernel Normalized network of the model zoo `kn_zoo`, trained on "
-            f"{weight.dataset.name}. It follows {paper}: every convolution window is normalized by "
-            "its own mean and variance, so there are no batch statistics."
+            f"A Kernel Normalized network of the model zoo `kn_zoo`, trained on {data}. It follows "
+            f"{paper}: the mean and variance of each convolution window normalize that window. "
+            "There are no batch statistics."
         )
     return (
-        f"A baseline of the model zoo `kn_zoo`, with {weight.norm} normalization, trained on "
-        f"{weight.dataset.name}: what the networks of {paper} are compared with."
+        f"A baseline of the model zoo `kn_zoo` with {checkpoint.norm} normalization, trained on "
+        f"{data}, for comparison with the networks of {paper}."
     )
 
 
-def results(weight: Checkpoint) -> str:
-    """Markdown table of the accuracy, under each of the inference statistics if it has them."""
-    kernel = weight.norm == "kernel"
-    head = "inference statistics" if kernel else ""
-    rows = [f"| {head} | top-1 % | top-5 % |", "|---|---|---|"]
-    for statistics, accuracy in weight.reported.statistics.items():
+def results(checkpoint: Checkpoint) -> str:
+    """Return a Markdown table of the accuracy by inference statistics."""
+    kernel = checkpoint.norm == "kernel"
+    rows = [f"| {'inference statistics' if kernel else ''} | top-1 % | top-5 % |", "|---|---|---|"]
+    for statistics, accuracy in checkpoint.reported.statistics.items():
         top5 = "" if accuracy.top5 is None else f"{accuracy.top5:.2f}"
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
         name = statistics if kernel else "as trained"
@@ -126,33 +142,34 @@ def results(weight: Checkpoint) -> str:
     return "\n".join(rows)
 
 
-def front_matter(weight: Checkpoint) -> ModelCardData:
-    """What the Hub reads of a card: licence, library, tags, data set, paper, results."""
-    of, found = weight.dataset, []
-    for statistics, accuracy in weight.reported.statistics.items():
+def front_matter(checkpoint: Checkpoint) -> ModelCardData:
+    """Return the metadata that the Hub reads: licence, library, tags, data set, results."""
+    dataset, eval_results = checkpoint.dataset, []
+    for statistics, accuracy in checkpoint.reported.statistics.items():
         suffix = "" if statistics == "expected" else f" ({statistics})"
-        for name, value in (("Top-1", accuracy.top1), ("Top-5", accuracy.top5)):
+        for metric, value in (("Top-1", accuracy.top1), ("Top-5", accuracy.top5)):
             if value is not None:
-                found.append(_eval_result(weight, name + suffix, value))
+                eval_results.append(_eval_result(checkpoint, metric + suffix, value))
+    norm = f"{checkpoint.norm}-normalization"
     return ModelCardData(
-        license=weight.licenses.weights.lower(),
+        license=checkpoint.licenses.weights.lower(),
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", f"{weight.norm}-normalization", f"arxiv:{ARXIV}"],
-        datasets=[ON_HUB[of.name]] if of.name in ON_HUB else None,
+        tags=["image-classification", "timm", norm, f"arxiv:{ARXIV}"],
+        datasets=[HUB_DATASETS[dataset.name]] if dataset.name in HUB_DATASETS else None,
         metrics=["accuracy"],
-        model_name=weight.name,
-        eval_results=found,
+        model_name=checkpoint.name,
+        eval_results=eval_results,
     )
 
 
-def _eval_result(weight: Checkpoint, metric: str, value: Any) -> EvalResult:
-    of = weight.dataset
+def _eval_result(checkpoint: Checkpoint, metric: str, value: float) -> EvalResult:
+    dataset = checkpoint.dataset
     return EvalResult(
         task_type="image-classification",
-        dataset_type=ON_HUB.get(of.name, of.name),
-        dataset_name=of.name,
-        dataset_split=of.split,
+        dataset_type=HUB_DATASETS.get(dataset.name, dataset.name),
+        dataset_name=dataset.name,
+        dataset_split=dataset.split,
         metric_type="accuracy",
         metric_name=metric,
         metric_value=value,

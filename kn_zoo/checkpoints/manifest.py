@@ -1,144 +1,184 @@
-"""What every trained weight of the zoo is, read from one file: ``weights_manifest.json``.
+"""The manifest, ``weights_manifest.json``: the metadata of every checkpoint of the zoo.
 
-All that timm, the Hub, the documentation and the verification say about a weight is generated from
-its entry here; ``weights_manifest.schema.json`` tells what an entry holds. Reading needs no network
-and no file outside the package, and takes nothing but what these classes describe.
+timm's configurations, the model cards and the documentation are generated from it. The dataclasses
+below are its format: one class per JSON object, one field per key. A field with a default is
+optional, and omitted from the file where it has that default. To extend the format, add a field
+with a default, such as ``privacy: Privacy | None = None``.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache, lru_cache
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from kn_zoo.checkpoints.files import read_json, write_text
+
 PACKAGE = Path(__file__).resolve().parents[1]
-PRETRAINED = PACKAGE / "pretrained"  # bundles that travel with the package
-_INSTALLED = (
-    PACKAGE / "weights_manifest.json"
-)  # where a wheel puts the manifest of the checkout's root
+PRETRAINED = PACKAGE / "pretrained"  # bundles in the package
+REPOSITORY = PACKAGE.parent / "checkpoints"  # larger bundles, in the repository only
+_INSTALLED = PACKAGE / "weights_manifest.json"  # where a wheel puts the repository's manifest
 PATH = _INSTALLED if _INSTALLED.is_file() else PACKAGE.parent / "weights_manifest.json"
 WEIGHTS_FILE = "model.safetensors"
-MAX_BYTES = 1 << 23  # of a JSON document
-MAX_TEXT = 10_000  # characters of a string in it
+
+# Types of fields: a string is annotated with a pattern, a number with its lowest and highest value.
+Text = Annotated[str, r"(?s).*\S.*"]
+Count = Annotated[int, (1, inf)]
+Seed = Annotated[int, (0, inf)]
+Percent = Annotated[float, (0, 100)]
+Positive = Annotated[float, (sys.float_info.min, inf)]
+Statistics = Annotated[str, r"expected|plain|sampled"]
 
 
 class ManifestError(RuntimeError):
-    """The manifest is missing or cannot be read; the message names the cure."""
+    """The manifest is missing or invalid; the message names the fix."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The evaluation set: ``images`` is how many of them the reported accuracy was taken on."""
+    """Evaluation set; ``images`` is the number of images that accuracy was measured on."""
 
-    name: str
-    split: str
-    images: int
-    num_classes: int
+    name: Annotated[str, r"[a-z0-9][a-z0-9_-]*"]
+    split: Annotated[str, r"[a-z]+"]
+    images: Count
+    num_classes: Annotated[int, (2, inf)]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent; ``draws`` passes over the data were averaged (1 unless sampled).
+    """Accuracy in percent, the mean of ``draws`` passes over the data (1 unless sampled).
 
-    ``top1_sd`` is the standard deviation over the draws, where it was measured.
+    ``top1_sd`` is the standard deviation over the draws, None if it was not measured.
     """
 
-    top1: float
-    top5: float | None
-    draws: int = 1
-    top1_sd: float | None = None
+    top1: Percent
+    top5: Percent | None
+    draws: Count = 1
+    top1_sd: Annotated[float, (0, inf)] | None = None
 
 
 @dataclass(frozen=True)
 class Reported:
-    """Accuracy by inference statistics (``expected``, ``plain``, ``sampled``); who measured it."""
+    """Accuracy by inference statistics, and who measured it."""
 
-    by: str
-    statistics: Mapping[str, Accuracy]
+    by: Annotated[str, r"kn_zoo|authors of the paper"]
+    statistics: Mapping[Statistics, Accuracy]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training from one seed came to, by inference statistics."""
+    """Accuracy by inference statistics of a training run with one seed."""
 
-    seed: int
-    statistics: Mapping[str, Accuracy]
+    seed: Seed
+    statistics: Mapping[Statistics, Accuracy]
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Run:
-        """What ``dataclasses.asdict`` made of a run; a ValueError says what is wrong with it."""
+        """Read a run from JSON.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
         return _typed(cls, entry, "run")
 
 
 @dataclass(frozen=True)
 class File:
-    """The stored ``model.safetensors``: full hash, size in bytes, type of its numbers."""
+    """The weights file: its SHA-256, its size in bytes, and the type its numbers are stored in."""
 
     sha256: Annotated[str, r"[0-9a-f]{64}"]
-    bytes: int
+    bytes: Count
     dtype: Annotated[str, r"float16|float32"]
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> File:
+        """Read the description of a file from JSON.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
+        return _typed(cls, entry, "file")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the network; ``input_size`` is (channels, height, width)."""
+    """From an image to the network's input of shape ``input_size``, (channels, height, width).
 
-    input_size: tuple[int, int, int]
+    ``mean`` and ``std`` are those of pixels in [0, 1].
+    """
+
+    input_size: tuple[Count, Count, Count]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
+    std: tuple[Positive, ...]
+    interpolation: Annotated[str, r"nearest|bilinear|bicubic"]
+    crop_pct: Annotated[float, (sys.float_info.min, 1)]
+    crop_mode: Annotated[str, r"center|squash|border"]
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A Hugging Face Hub repository (``owner/name``) at one revision."""
+    """Hugging Face Hub repository (``owner/name``) at one commit."""
 
     repository: Annotated[str, r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"]
     revision: Annotated[str, r"[0-9a-f]{40}"]
 
     @property
     def id(self) -> str:
-        """The way timm writes it: ``owner/name@revision``."""
+        """``owner/name@revision``, as timm writes it."""
         return f"{self.repository}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """A checkpoint published by others, which `kn_zoo.checkpoints.upstream` downloads and converts.
+    """Checkpoint of the authors, which `kn_zoo.checkpoints.upstream` downloads and converts.
 
-    ``measured``: accuracy by inference statistics as somebody has verified it, None before.
+    ``measured`` is the accuracy of the converted file, None until it has been verified.
     """
 
     source: Annotated[str, r"https://drive\.google\.com/file/d/[A-Za-z0-9_-]+/view"]
-    format: str
-    note: str | None
-    measured: Mapping[str, Accuracy] | None = None
+    format: Text
+    note: Text | None
+    measured: Mapping[Statistics, Accuracy] | None = None
 
 
 @dataclass(frozen=True)
 class Licenses:
-    """Licences of the code, of the weights and of the data they were trained on."""
+    """Licences of code, weights and training data; SPDX identifiers where they exist."""
 
-    code: str
-    weights: str
-    data: str
+    code: Text
+    weights: Text
+    data: Text
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One entry. ``flops``: convolutions and linear layers, one image, multiply and add apart."""
+    """A trained model: its network, data, accuracy, licences, and where its files are.
+
+    Attributes:
+        name: ``architecture.tag``, as timm writes it.
+        model_args: arguments of the architecture that differ from its defaults. The numbers of
+            classes and of input channels follow from ``dataset`` and ``preprocessing``.
+        recipe: training recipe, relative to the root of the repository.
+        seeds: seed of each training run behind the reported accuracy, the stored one first.
+        runs: accuracy of each seed, in that order; empty if there is only one.
+        parameters: number of trained parameters.
+        flops: operations of the convolutions and linear layers for one image of ``input_size``;
+            a multiplication and an addition count as two.
+        file: the weights file, None if the weights are not stored.
+        bundle: "package" if the bundle is in the package, as ``kn_zoo/pretrained/NAME``;
+            "repository" if it is in the repository only, as ``checkpoints/NAME``; None if neither.
+        hub: where the bundle is published.
+        upstream: where the authors published it; ``file`` then describes the converted file.
+    """
 
     name: Annotated[str, r"[a-z][a-z0-9_]*\.[a-z0-9][a-z0-9_]*"]
     model_args: Mapping[str, Any]
@@ -146,14 +186,14 @@ class Checkpoint:
     reported: Reported
     preprocessing: Preprocessing
     licenses: Licenses
-    recipe: str | None
-    seeds: tuple[int, ...]
-    runs: tuple[Run, ...] = ()  # one a seed, if there are several
-    # Taken from the trained model by `kn_zoo.checkpoints.bundle.write`, and from where it is published.
-    parameters: int = 0
-    flops: int = 0
+    recipe: Annotated[str, r"train_scripts/recipes/[\w.-]+\.yaml"] | None
+    seeds: tuple[Seed, ...]
+    runs: tuple[Run, ...] = ()
+    # Computed from the trained model by `kn_zoo.checkpoints.bundle.write`.
+    parameters: Count = 0
+    flops: Count = 0
     file: File | None = None
-    bundle: bool = False
+    bundle: Annotated[str, r"package|repository"] | None = None
     hub: Hub | None = None
     upstream: Upstream | None = None
 
@@ -167,29 +207,45 @@ class Checkpoint:
 
     @property
     def norm(self) -> str:
-        """What normalizes: "kernel", or what a baseline has instead."""
+        """Normalization of the network: "kernel", or the ``norm`` of a baseline."""
         return norm_of(self.architecture, self.model_args)
 
     @property
     def folder(self) -> Path:
-        """Where the bundle lies if it travels with the package."""
-        return PRETRAINED / self.name
+        """Folder of the bundle."""
+        return (REPOSITORY if self.bundle == "repository" else PRETRAINED) / self.name
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the weights can be loaded from, in the order of preference."""
+        stored = self.file is not None
+        sources = {
+            "in the package": stored and self.bundle == "package",
+            "in the repository": stored and self.bundle == "repository",
+            "on the Hub": stored and self.hub is not None,
+            "imported on first use": self.upstream is not None,
+        }
+        return tuple(source for source, available in sources.items() if available)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, or that there are none."""
+        return next(iter(self.sources), "predictions only" if self.bundle else "to train")
 
     @property
     def available(self) -> bool:
-        """Whether there is a place to get it from."""
-        hosted = self.file is not None and (self.bundle or self.hub is not None)
-        return hosted or self.upstream is not None
+        """Whether the weights can be loaded."""
+        return bool(self.sources)
 
     def mean_and_sd(self, statistics: str = "expected") -> tuple[float, float] | None:
-        """Top-1 over the runs, and its sample standard deviation; None if there are no runs."""
+        """Mean and sample standard deviation of top-1 over the runs; None if there are no runs."""
         if len(self.runs) < 2:
             return None
-        found = [run.statistics[statistics].top1 for run in self.runs]
-        return mean(found), stdev(found)
+        top1 = [run.statistics[statistics].top1 for run in self.runs]
+        return mean(top1), stdev(top1)
 
     def pretrained_cfg(self) -> dict[str, Any]:
-        """The fields of timm's ``PretrainedCfg`` that belong to the weight."""
+        """Return the fields of timm's ``PretrainedCfg`` that describe the checkpoint."""
         cfg: dict[str, Any] = asdict(self.preprocessing)
         cfg["num_classes"] = self.dataset.num_classes
         cfg["license"] = self.licenses.weights.lower()
@@ -203,88 +259,170 @@ class Checkpoint:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Checkpoint:
-        """An entry as `parse_json` gives it; a ValueError says what is wrong with it."""
-        return _typed(cls, entry, str(entry.get("name"))[:80])
+        """Read an entry of the manifest.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid, or contradicts another one.
+        """
+        checkpoint = _typed(cls, entry, str(entry.get("name"))[:80])
+        if problem := next(_contradictions(checkpoint), None):
+            raise ValueError(f"{checkpoint.name}: {problem}")
+        return checkpoint
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as it stands in the manifest, which is silent of runs that were not made."""
-        entry = json.loads(json.dumps(asdict(self, dict_factory=_measured)))
-        if not entry["runs"]:
-            del entry["runs"]
-        return entry
-
-
-def _measured(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if key != "top1_sd" or value is not None}
+        """Return the entry for the manifest."""
+        return _as_json(self)
 
 
 def norm_of(architecture: str, model_args: Mapping[str, Any]) -> str:
-    """What normalizes a network: "kernel", or the `norm` of a baseline, by default "batch"."""
+    """Return the normalization of a network: "kernel", or the ``norm`` of a baseline."""
     return "kernel" if architecture.startswith("kn") else str(model_args.get("norm", "batch"))
 
 
+def gflops(flops: int) -> str:
+    """Format a number of operations as GFLOPs."""
+    return f"{flops / 1e9:#.3g}"
+
+
 def load(path: Path | None = None) -> Mapping[str, Checkpoint]:
-    """All weights by name, in the order of the manifest (the package's own unless given)."""
+    """Return all checkpoints by name, in the order of the manifest (the package's by default).
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+    """
     return _load(path or PATH)
 
 
 @lru_cache
 def _load(path: Path) -> Mapping[str, Checkpoint]:
     try:
-        weights = [Checkpoint.from_json(entry) for entry in _document(path)["weights"]]
-        if len({weight.name for weight in weights}) < len(weights):
-            raise ValueError("two weights have the same name")
-        return MappingProxyType({weight.name: weight for weight in weights})
+        entries = [Checkpoint.from_json(entry) for entry in read_json(path)["checkpoints"]]
+        checkpoints = {entry.name: entry for entry in entries}
+        if len(checkpoints) < len(entries):
+            raise ValueError("two checkpoints have the same name")
+        return MappingProxyType(checkpoints)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
             f"Cannot read {path} ({type(error).__name__}: {error}). "
-            "Install kn_zoo again, or restore the file with git."
+            "Reinstall kn_zoo, or restore the file with git."
         ) from error
 
 
-def namespace(path: Path | None = None) -> str:
-    """Whose repositories on the Hub the weights are published in; the manifest's one setting."""
-    owner = _document(path or PATH).get("namespace")
+def namespace() -> str:
+    """Return the owner of the Hub repositories that checkpoints are published in.
+
+    Raises:
+        ManifestError: the manifest does not name one.
+    """
+    owner = read_json(PATH).get("namespace")
     if not isinstance(owner, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", owner):
-        raise ManifestError(f'{path or PATH} needs a "namespace": the owner of its repositories.')
+        raise ManifestError(f'{PATH} needs a "namespace": the owner of its Hub repositories.')
     return owner
 
 
-def _document(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return parse_json(file.read(MAX_BYTES + 1))
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """An object of JSON in which no key comes twice, no number is endless and no text is.
+def find(name: str) -> Checkpoint:
+    """Return the checkpoint ``architecture.tag``, or the default one of ``architecture``.
 
     Raises:
-        ValueError: it is anything else.
+        LookupError: there is no such checkpoint; the message suggests similar names.
     """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes of JSON")
-    try:
-        document = json.loads(
-            data, object_pairs_hook=_without_duplicates, parse_constant=_not_a_number
-        )
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-    if not isinstance(document, dict):
-        raise ValueError("not an object of JSON")
-    return document
+    checkpoints = load()
+    if name in checkpoints:
+        return checkpoints[name]
+    if default := _default(name):
+        return default
+    similar = difflib.get_close_matches(name, checkpoints, n=3, cutoff=0.4)
+    hint = (
+        f"Did you mean {' or '.join(similar)}?"
+        if similar
+        else f"Choose from: {', '.join(checkpoints)}."
+    )
+    raise LookupError(f"There is no checkpoint {name!r}. {hint}")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice in an object of JSON")
-    if any(len(text) > MAX_TEXT for pair in pairs for text in pair if isinstance(text, str)):
-        raise ValueError(f"a text has more than {MAX_TEXT:,} characters")
-    return found
+def _default(architecture: str) -> Checkpoint | None:
+    """Return the first available checkpoint of an architecture, else its first, else None."""
+    checkpoints = [entry for entry in load().values() if entry.architecture == architecture]
+    available = [entry for entry in checkpoints if entry.available]
+    return next(iter(available or checkpoints), None)
 
 
-def _not_a_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+def pretrained_cfgs(architecture: str, **defaults: Any) -> dict[str, dict[str, Any]]:
+    """Return the argument of ``timm.models.generate_default_cfgs``: one cfg per checkpoint.
+
+    ``defaults`` are the fields that belong to the architecture (``first_conv``, ``classifier``, its
+    sizes); they are the only cfg of an architecture without checkpoints.
+    """
+    default = _default(architecture)
+    if default is None:
+        return {architecture: defaults}
+    cfgs = {
+        entry.name: {**defaults, **entry.pretrained_cfg()}
+        for entry in load().values()
+        if entry.architecture == architecture and entry != default
+    }
+    # timm takes the tag with a star as the default.
+    cfgs[f"{default.name}*"] = {**defaults, **default.pretrained_cfg()}
+    return cfgs
+
+
+def write_entry(checkpoint: Checkpoint) -> None:
+    """Add a checkpoint to the manifest, or replace the one of that name.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or invalid.
+        WriteError: the manifest cannot be written.
+    """
+    entry = checkpoint.to_json()
+    Checkpoint.from_json(entry)
+    document = json.loads(PATH.read_text(encoding="utf-8"))
+    entries = document["checkpoints"]
+    names = [other["name"] for other in entries]
+    if checkpoint.name in names:
+        entries[names.index(checkpoint.name)] = entry
+    else:
+        entries.append(entry)
+    write_text(PATH, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    _load.cache_clear()
+
+
+def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the rules that involve several fields and that a checkpoint breaks."""
+    if not (checkpoint.parameters and checkpoint.flops):
+        yield "parameters and flops are missing"
+    if checkpoint.hub and not checkpoint.file:
+        yield "a checkpoint on the Hub needs a file"
+    if checkpoint.reported.by == "kn_zoo" and not (checkpoint.recipe and checkpoint.seeds):
+        yield "accuracy measured by kn_zoo needs a recipe and seeds"
+    if derived := {"num_classes", "in_chans"} & checkpoint.model_args.keys():
+        yield f"model_args must not contain {min(derived)}"
+    seeds = [run.seed for run in checkpoint.runs]
+    if len(set(checkpoint.seeds)) < len(checkpoint.seeds):
+        yield "a seed occurs twice"
+    if seeds and (len(seeds) < 2 or tuple(seeds) != checkpoint.seeds):
+        yield "runs must be those of the seeds, in their order, and at least two"
+    measured = checkpoint.upstream.measured if checkpoint.upstream else None
+    for statistics in (
+        checkpoint.reported.statistics,
+        *(run.statistics for run in checkpoint.runs),
+        *([] if measured is None else [measured]),
+    ):
+        if not statistics:
+            yield "no accuracy is given"
+        if any(a.draws > 1 for name, a in statistics.items() if name != "sampled"):
+            yield "only sampled statistics have several draws"
+
+
+def _as_json(value: Any) -> Any:
+    """Convert dataclasses to objects of JSON, without the fields that have their default."""
+    if is_dataclass(value):
+        values = {field: getattr(value, field.name) for field in fields(value)}
+        return {f.name: _as_json(inner) for f, inner in values.items() if inner != f.default}
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    return value
 
 
 @cache
@@ -293,15 +431,14 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as a `kind` of field; a ValueError says where it is something else.
+    """Convert a JSON value to the type of a field.
 
-    The annotation of a text is a pattern that it has to match from its first character to its last.
+    Raises:
+        ValueError: the value does not have that type; the message says where.
     """
     arguments = get_args(kind)
     if get_origin(kind) is Annotated:
-        if not re.fullmatch(arguments[1], _typed(arguments[0], value, where)):
-            raise ValueError(f"{where} is {value[:80]!r}, not {arguments[1]}")
-        return value
+        return _within(arguments[1], _typed(arguments[0], value, where), where)
     if NoneType in arguments:
         return None if value is None else _typed(arguments[0], value, where)
     if is_dataclass(kind):
@@ -309,99 +446,36 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         items = [_typed(arguments[0], item, where) for item in _typed(list, value, where)]
         if arguments[-1] is not ... and len(items) != len(arguments):
-            raise ValueError(f"{where} has {len(items)} items, not {len(arguments)}")
+            raise ValueError(f"{where} has {len(items)} items, expected {len(arguments)}")
         return tuple(items)
     if get_origin(kind) is Mapping:
-        entries = _typed(dict, value, where).items()
-        return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in entries}
+        return {
+            _typed(arguments[0], key, where): _typed(arguments[1], item, f"{where}.{key[:80]}")
+            for key, item in _typed(dict, value, where).items()
+        }
     if kind is float and type(value) is int:
         return value
     if kind is not Any and (type(value) is not kind or (kind is float and not isfinite(value))):
-        raise ValueError(f"{where} is {str(value)[:80]!r}, not of type {kind.__name__}")
+        raise ValueError(f"{where} is {str(value)[:80]!r}, expected type {kind.__name__}")
+    return value
+
+
+def _within(limit: str | tuple[float, float], value: Any, where: str) -> Any:
+    """Return a string that matches a pattern, or a number within bounds, as it is."""
+    if isinstance(limit, str):
+        if not re.fullmatch(limit, value):
+            raise ValueError(f"{where} is {value[:80]!r}, expected {limit}")
+    elif not limit[0] <= value <= limit[1]:
+        raise ValueError(f"{where} is {str(value)[:80]}, expected {limit[0]} to {limit[1]}")
     return value
 
 
 def _typed_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     known = {field.name: field for field in fields(kind)}
-    needed = {name for name, field in known.items() if field.default is MISSING}
-    if wrong := sorted(value.keys() - known.keys()) or sorted(needed - value.keys()):
-        raise ValueError(f"{where} lacks, or has in excess: {', '.join(wrong)[:200]}")
-    kinds = _types(kind)
-    return kind(**{key: _typed(kinds[key], item, f"{where}.{key}") for key, item in value.items()})
-
-
-def as_file(value: Mapping[str, Any]) -> File:
-    """A `File` from what `parse_json` gives; a ValueError says what is wrong with it."""
-    return _typed(File, value, "file")
-
-
-def find(name: str) -> Checkpoint:
-    """The weight ``architecture.tag``, or the default one of ``architecture``.
-
-    Raises:
-        LookupError: there is no such weight; the message lists names that are near.
-    """
-    weights = load()
-    if name in weights:
-        return weights[name]
-    if default := _default(name):
-        return default
-    near = difflib.get_close_matches(name, weights, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(weights)}."
-    raise LookupError(f"No weight is called {name!r}. {hint}")
-
-
-def _default(architecture: str) -> Checkpoint | None:
-    """The first weight of an architecture that is available, else its first, else nothing."""
-    weights = [weight for weight in load().values() if weight.architecture == architecture]
-    return next((weight for weight in weights if weight.available), weights[0] if weights else None)
-
-
-def pretrained_cfgs(architecture: str, **defaults: Any) -> dict[str, dict[str, Any]]:
-    """What ``timm.models.generate_default_cfgs`` takes: one cfg for each weight of an architecture.
-
-    ``defaults`` are timm's fields that belong to the architecture (``first_conv``, ``classifier``,
-    the sizes it was made for); an architecture without weights has them for its only cfg.
-    """
-    default = _default(architecture)
-    if default is None:
-        return {architecture: defaults}
-    weights = [weight for weight in load().values() if weight.architecture == architecture]
-    cfgs = {w.name: {**defaults, **w.pretrained_cfg()} for w in weights if w != default}
-    # timm makes the tag with a star the default, whatever came before it.
-    cfgs[f"{default.name}*"] = {**defaults, **default.pretrained_cfg()}
-    return cfgs
-
-
-def write_entry(weight: Checkpoint, path: Path | None = None) -> None:
-    """Put a weight into the manifest, in the place of the one of that name if there is one."""
-    path = path or PATH
-    document = json.loads(path.read_text(encoding="utf-8"))
-    entries = document["weights"]
-    names = [entry["name"] for entry in entries]
-    if weight.name in names:
-        entries[names.index(weight.name)] = weight.to_json()
-    else:
-        entries.append(weight.to_json())
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    _load.cache_clear()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by new text, see `write_bytes`."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a reader, or a full disk, never meets a part of it."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # mkstemp's own mode hides the file from other users
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    required = {name for name, field in known.items() if field.default is MISSING}
+    if unknown := sorted(value.keys() - known.keys()):
+        raise ValueError(f"{where}: unknown fields: {', '.join(unknown)[:200]}")
+    if missing := sorted(required - value.keys()):
+        raise ValueError(f"{where}: missing fields: {', '.join(missing)}")
+    types = _types(kind)
+    return kind(**{key: _typed(types[key], item, f"{where}.{key}") for key, item in value.items()})

@@ -1,13 +1,13 @@
 """Top-5 predictions of a classifier, image by image, and their comparison with stored ones.
 
-A prediction is reproducible on another machine up to float32 rounding: another CPU, GPU or batch
-size sums a convolution in another order. `LOGIT_TOLERANCE` says how far that can move a logit; two
-logits closer than `NEAR_TIE`, twice that, may trade places, and nothing else may differ.
+Predictions on another machine agree up to float32 rounding, because another CPU, GPU or batch size
+sums a convolution in another order. `LOGIT_TOLERANCE` bounds the change of a logit. Two logits
+closer than `NEAR_TIE`, twice the tolerance, may change their order; nothing else may differ.
 
-Measured with weights of knpreactresnet20_cifar (logits up to 11; x86, torch 2.15): a logit moves by
-up to 3e-5 between batch sizes 1, 7 and 256, by 3e-4 without oneDNN, and is within 5e-4 of float64.
-Kernel normalization divides a window of nearly equal pixels by sqrt(eps) = 0.003, which enlarges
-rounding there. The tolerance is ten times the largest of these, a thousandth of the logits' range.
+Measured with knpreactresnet20_cifar (logits up to 11; x86, torch 2.15): a logit changes by up to
+3e-5 between batch sizes 1, 7 and 256, by 3e-4 without oneDNN, and by 5e-4 from float64. Kernel
+normalization divides a window of nearly equal pixels by sqrt(eps) = 0.003, which amplifies
+rounding. The tolerance is ten times the largest of these, a thousandth of the range of the logits.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ NEAR_TIE = 2 * LOGIT_TOLERANCE
 
 @dataclass(frozen=True)
 class Predictions:
-    """The five best classes of each image, best first, or all if there are fewer, and the truth."""
+    """The five best classes of each image, best first (all if there are fewer), and the targets."""
 
     indices: np.ndarray  # (N, 5) int16, class ids; equal logits are ordered by class id
-    logits: np.ndarray  # (N, 5) float32, never increasing along a row
+    logits: np.ndarray  # (N, 5) float32, not increasing along a row
     targets: np.ndarray  # (N,) int16
-    # (N,) float32, the sixth logit, -inf if there is none; `predict` knows it, bundles do not.
+    # (N,) float32, the sixth logit, -inf if there is none; set by `predict`, not stored in bundles.
     missed: np.ndarray | None = None
 
     def hits(self, k: int) -> np.ndarray:
-        """(N,) bool: whether the true class is among the best `k` (at most 5)."""
+        """Return for each image, (N,) bool, whether its target is among the best ``k`` <= 5."""
         return (self.indices[:, :k] == self.targets[:, None]).any(axis=1)
 
     @property
@@ -45,35 +45,42 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Image numbers, in rising order, of what `compare` found."""
+    """Result of `compare`: indices of images, in increasing order."""
 
     mismatches: np.ndarray  # differ by more than rounding can explain
-    reordered: np.ndarray  # another order of the five, explained by rounding: no mismatch
-    near_ties: np.ndarray  # the two best stored logits differ by no more than the bound
+    reordered: np.ndarray  # another order of the five, explained by rounding: not a mismatch
+    near_ties: np.ndarray  # the two best stored logits differ by at most the bound
 
 
-def compare(found: Predictions, stored: Predictions, bound: float = NEAR_TIE) -> Comparison:
-    """Find the images of which `found` and `stored` cannot be the same up to rounding.
+def compare(computed: Predictions, stored: Predictions, bound: float = NEAR_TIE) -> Comparison:
+    """Find the images whose predictions differ by more than rounding can explain.
 
-    They can if every logit need only have moved by up to `bound` / 2: a class that both list has
-    logits no further apart than that, and a class that only one lists was no further above the
-    best logit that the other left out. So classes trade places only where their logits are closer
-    than `bound`. Another target, stored logits out of order, and NaN are mismatches too.
+    Rounding changes a logit by at most ``bound`` / 2. So the logits of a class that both list
+    differ by no more than that, and a class that only one lists exceeds the best logit left out by
+    the other by no more than that. Different targets, stored logits out of order, and NaN are
+    mismatches too.
 
-    Raises `ValueError` if the two have different shapes.
+    Raises:
+        ValueError: the two have different shapes.
     """
-    if found.indices.shape != stored.indices.shape or found.targets.shape != stored.targets.shape:
-        raise ValueError(f"{found.indices.shape} predictions against {stored.indices.shape} stored")
+    if (
+        computed.indices.shape != stored.indices.shape
+        or computed.targets.shape != stored.targets.shape
+    ):
+        raise ValueError(
+            f"computed predictions have shape {computed.indices.shape}, stored predictions "
+            f"{stored.indices.shape}"
+        )
     tolerance = bound / 2
-    same = found.indices[:, :, None] == stored.indices[:, None, :]  # (N, found, stored)
-    apart = np.abs(found.logits[:, :, None] - stored.logits[:, None, :])
-    explained = (~same | (apart <= tolerance)).all(axis=(1, 2))
-    explained &= _may_be_unlisted(found, ~same.any(axis=2), stored, tolerance)
-    explained &= _may_be_unlisted(stored, ~same.any(axis=1), found, tolerance)
+    same = computed.indices[:, :, None] == stored.indices[:, None, :]  # (N, computed, stored)
+    delta = np.abs(computed.logits[:, :, None] - stored.logits[:, None, :])
+    explained = (~same | (delta <= tolerance)).all(axis=(1, 2))
+    explained &= _may_be_unlisted(computed, ~same.any(axis=2), stored, tolerance)
+    explained &= _may_be_unlisted(stored, ~same.any(axis=1), computed, tolerance)
     explained &= (np.diff(stored.logits) <= 0).all(axis=1)
-    explained &= np.isfinite(found.logits).all(axis=1) & np.isfinite(stored.logits).all(axis=1)
-    explained &= found.targets == stored.targets
-    reordered = (found.indices != stored.indices).any(axis=1)
+    explained &= np.isfinite(computed.logits).all(axis=1) & np.isfinite(stored.logits).all(axis=1)
+    explained &= computed.targets == stored.targets
+    reordered = (computed.indices != stored.indices).any(axis=1)
     first, second = stored.logits[:, 0], stored.logits[:, min(1, stored.logits.shape[1] - 1)]
     return Comparison(
         mismatches=np.flatnonzero(~explained),
@@ -83,8 +90,12 @@ def compare(found: Predictions, stored: Predictions, bound: float = NEAR_TIE) ->
 
 
 def _may_be_unlisted(
-    one: Predictions, classes: np.ndarray, other: Predictions, tolerance: float
+    listing: Predictions, classes: np.ndarray, other: Predictions, tolerance: float
 ) -> np.ndarray:
-    """(N,) bool: whether the `classes` (N, 5) of `one` were low enough for `other` not to list."""
+    """Return for each image, (N,) bool, whether ``other`` may lack ``classes`` of ``listing``.
+
+    Args:
+        classes: (N, 5) bool, the classes that only ``listing`` has.
+    """
     limit = other.logits[:, -1] if other.missed is None else other.missed
-    return np.all(~classes | (one.logits <= limit[:, None] + tolerance), axis=1)
+    return np.all(~classes | (listing.logits <= limit[:, None] + tolerance), axis=1)

@@ -31,7 +31,7 @@ from rich.console import Console
 
 import kn_zoo
 from kn_zoo import KNConv2d, cli
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle, files
 from kn_zoo.evaluation.benchmark import ROUNDS, Job, run
 from kn_zoo.evaluation.benchmark_check import errors
 from kn_zoo.evaluation.measurements import (
@@ -141,7 +141,7 @@ def main(
             output = output.with_name(f"partial_{output.name}")
     from kn_zoo.evaluation.plots import plot  # the process that measures does not need matplotlib
 
-    manifest.write_text(output, results.to_csv())
+    files.write_text(output, results.to_csv())
     written = [output, *plot(results, output)]
     console = Console()
     if not console.is_terminal:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle
 from kn_zoo.evaluation.goals import SMALL_BATCH, sweep_verdict, verdicts
 from kn_zoo.evaluation.measurements import (
     BASELINE,
@@ -301,7 +301,7 @@ def render(root: Path) -> list[str]:
             lines.append(f"{document}: no {BEGIN} ... {END}, left as it is")
             continue
         body = "\n".join(parts)
-        manifest.write_text(path, f"{before}{begin}\n{body}{end}{after}")
+        write_text(path, f"{before}{begin}\n{body}{end}{after}")
         lines.append(f"{document}: written from {len(files)} files of results")
     return lines
 

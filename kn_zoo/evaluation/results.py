@@ -149,18 +149,16 @@ def listed(words: Iterable[str]) -> str:
 
 # Accuracy against training time and FLOPs
 
-ACCURACY_HEAD = (
-    "checkpoint|norm|data|epochs|batch|seeds|top-1 %|mean (SD) over seeds|top-5 %|GFLOPs|hours"
-)
+ACCURACY_HEAD = "checkpoint|norm|data|epochs|batch|seeds|top-1 %|mean (SD)|GFLOPs|hours"
 
 
 def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return [
         "## Accuracy, training time and FLOPs",
         "All checkpoints trained by this project. Accuracy is that of the stored file under "
-        "`expected` statistics; each row is one run unless it names several seeds. FLOPs are for "
-        "one image, with multiplications and additions counted separately. Hours count the "
-        "parameter updates of one run. The machine was shared with other work, so hours are "
+        "`expected` statistics; each row is one run unless it names several seeds, whose mean and "
+        "SD follow. FLOPs are for one image, with multiplications and additions counted "
+        "separately. Hours count the parameter updates of one run. The machine was shared with other work, so hours are "
         "indicative; [Cost](#cost) was measured separately.",
         table(ACCURACY_HEAD, [accuracy_row(checkpoint) for checkpoint in checkpoints]),
         "GroupNorm has 32 groups, or fewer where that leaves less than two channels to a group.",
@@ -172,18 +170,17 @@ def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def accuracy_row(checkpoint: Checkpoint) -> list[str]:
-    recipe, reported = settings(checkpoint), checkpoint.reported.statistics["expected"]
+    recipe = settings(checkpoint)
     several = checkpoint.mean_and_sd()
     return [
         f"`{checkpoint.name}`",
-        NORMS[checkpoint.norm],
+        NORMS[checkpoint.norm].removesuffix(" normalization"),
         checkpoint.dataset.name,
         str(recipe["epochs"]),
         str(recipe["batch_size"]),
         ", ".join(map(str, checkpoint.seeds)),
-        f"{reported.top1:.2f}",
+        f"{top1(checkpoint):.2f}",
         f"{several[0]:.2f} ({several[1]:.2f})" if several else "",
-        f"{reported.top5:.2f}",
         f"{checkpoint.flops / 1e9:#.3g}",
         environment(checkpoint).get("training", "").removesuffix(" hours"),
     ]
@@ -422,9 +419,9 @@ def small_batch_section(
     return [
         *parts,
         f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}`, {epochs} epochs "
-        f"at every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean (SD "
-        f"over the seeds). {100 * recipe['held_out']:g} % of the training images are held out; on "
-        "them, each learning rate is the best of a search by halving "
+        f"at every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean "
+        f"(SD) over the seeds. {100 * recipe['held_out']:g} % of the training images are held out; "
+        "on them, each learning rate is the best of a search by halving "
         "(`results/small_batch_rates.csv`).",
         table("|".join(["batch", *names, f"rates: {' / '.join(names)}"]), cells),
         image("small_batch", "top-1 by batch size"),

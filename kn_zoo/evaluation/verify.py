@@ -35,7 +35,7 @@ def verify(checkpoint: Checkpoint, settings: Settings) -> Result:
         result.status = "mismatch" if result.reasons else "match"
     except (Skipped, data.MissingData, loading.MissingWeights) as error:
         result.status = "mismatch" if result.reasons else "skipped"
-        if checkpoint.bundle and isinstance(error, loading.MissingWeights):
+        if checkpoint.bundle and checkpoint.file and isinstance(error, loading.MissingWeights):
             result.status = "corrupt"  # a file of the package is missing
         result.reasons.append(str(error))
     except loading.CorruptWeights as error:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kn_zoo import cli
-from kn_zoo.checkpoints import manifest
+from kn_zoo.checkpoints import files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation.classification import SHOWN
 from kn_zoo.evaluation.imported import Sweep, sweep
@@ -100,7 +100,7 @@ def main(
             ) from None
     report(results, sweeps)
     if json:
-        manifest.write_text(json, as_json(results, sweeps, settings))
+        files.write_text(json, as_json(results, sweeps, settings))
     statuses = [*(result.status for result in results), *(result.status for result in sweeps)]
     if "mismatch" in statuses or "corrupt" in statuses:
         return 1

@@ -89,9 +89,7 @@ def kn_conv(
     mean, var = moments
     if shift is not None:
         mean = mean + shift
-    mu, _, rstd = unit_statistics(
-        mean, var, window, x.shape[1], settings.expected_p, settings.eps
-    )
+    mu, _, rstd = unit_statistics(mean, var, window, x.shape[1], settings.expected_p, settings.eps)
     numerator = convolve(x, weight, window, settings.groups)
     dtype = numerator.dtype
     if shift is not None and max(window.padding) > 0:  # zero padding should have been -shift

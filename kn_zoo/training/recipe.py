@@ -60,9 +60,7 @@ class Recipe:
     channels_last: bool = True  # memory format of network and images
     compile: bool = False  # torch.compile the training step; evaluation is eager
     on_device: bool = False  # keep the training images on the device and augment them there
-    ema_decay: float | None = (
-        None  # evaluate and store a moving average of the weights
-    )
+    ema_decay: float | None = None  # evaluate and store a moving average of the weights
     ema_warmup: bool = False  # increase the decay up to ema_decay, for short runs
     stored_dtype: str = "float32"  # of stored weights; float32 if rounding changes a prediction
     sampled_draws: int = 5  # evaluations to average under "sampled" inference statistics

@@ -12,7 +12,7 @@ from torch import nn
 
 import kn_zoo
 from kn_zoo import data
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Accuracy, Run
 from kn_zoo.checkpoints.predictions import Predictions
 from kn_zoo.layers import KNConv2d
@@ -90,7 +90,7 @@ def write_result(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
     trainer.log(f"{trainer.progress.seconds / 3600:.3g} hours of training")
     if trainer.accelerator.is_main_process:
         run = asdict(Run(trainer.recipe.seed, statistics))
-        manifest.write_text(trainer.folder / RESULT, json.dumps(run, indent=2) + "\n")
+        files.write_text(trainer.folder / RESULT, json.dumps(run, indent=2) + "\n")
     return dtype, predictions
 
 
@@ -174,7 +174,7 @@ def write_bundle(
         class_names=trainer.class_names,
         dtype=dtype,
         seconds=trainer.progress.seconds,
-        folder=folder,
+        target=folder or "package",
     )
     trainer.log(f"wrote {folder or checkpoint.folder}")
 

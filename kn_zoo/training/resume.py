@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors import SafetensorError
 
-from kn_zoo.checkpoints import manifest
+from kn_zoo.checkpoints import files
 from kn_zoo.checkpoints.files import sha256
 from kn_zoo.training.recipe import Recipe, UserError
 
@@ -36,7 +36,7 @@ def prepare_run_dir(folder: Path, recipe: Recipe) -> None:
         raise UserError(
             f"{folder} contains a run of another recipe: remove it, or choose another --output"
         )
-    manifest.write_text(path, text)
+    files.write_text(path, text)
 
 
 def save_state(accelerator: Accelerator, folder: Path, update: int) -> None:

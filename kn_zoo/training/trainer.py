@@ -27,7 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import kn_zoo  # noqa: F401  registers the networks
-from kn_zoo.checkpoints import manifest
+from kn_zoo.checkpoints import files
 from kn_zoo.checkpoints.predictions import Predictions
 from kn_zoo.evaluation.predict import eval_transform, exact_float32, predict
 from kn_zoo.training import data
@@ -406,7 +406,7 @@ def write_csv(
         table.writerow(
             {k: format(v, float_format) if isinstance(v, float) else v for k, v in row.items()}
         )
-    manifest.write_text(path, text.getvalue())
+    files.write_text(path, text.getvalue())
 
 
 def progress_bar(accelerator: Accelerator) -> Progress:

@@ -1,4 +1,4 @@
-"""Hostile files: whatever they say, an exception that says why, in bounded time and memory."""
+"""Hostile files raise a precise exception, within bounded time and memory."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def told(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def refused(what: str, read: Callable[[], Any], *errors: type[Exception]) -> Exception | None:
-    """The precise exception that reading ends in, if it does; any other one fails the test."""
+    """Return the expected exception that reading raises, if any; another one fails the test."""
     start = time.process_time()
     caught = None
     try:
@@ -89,7 +89,7 @@ def entry(dtype: object = "F32", shape: object = (4,), offsets: object = (0, 16)
 @given(st.data())
 @FUZZ
 def test_safetensors_with_flipped_bits_or_cut(data: st.DataObject) -> None:
-    """Either it is refused, or nothing but numbers within tensors has changed."""
+    """The file is refused, or only numbers within tensors have changed."""
     changed = bytearray(RIGHT)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(changed) - 1))
@@ -137,9 +137,9 @@ def test_safetensors_with_another_header(header: dict[str, Any]) -> None:
     data = with_header(header)
 
     def read() -> None:
-        found = parsed(data)
-        assert sum(x.numel() * x.element_size() for x in found.values()) <= 64
-        assert found.keys() <= header.keys()
+        tensors = parsed(data)
+        assert sum(x.numel() * x.element_size() for x in tensors.values()) <= 64
+        assert tensors.keys() <= header.keys()
 
     refused("safetensors with other headers", read, ValueError)
 
@@ -185,11 +185,11 @@ def test_a_file_of_another_network_does_not_load(zoo: Zoo) -> None:
         {**tensors, key: tensors[key].float()},
     ]
     try:
-        for found in wrong:
-            data = to_safetensors({k: v.contiguous() for k, v in found.items()})
+        for content in wrong:
+            data = to_safetensors({k: v.contiguous() for k, v in content.items()})
             zoo.file.write_bytes(data)
             file = manifest.File(hashlib.sha256(data).hexdigest(), len(data), "float16")
-            manifest.write_entry(tiny_zoo.replace(zoo.weight, file=file))
+            manifest.write_entry(tiny_zoo.replace(zoo.checkpoint, file=file))
 
             def read() -> None:
                 timm.create_model(NAME, pretrained=True)
@@ -197,7 +197,7 @@ def test_a_file_of_another_network_does_not_load(zoo: Zoo) -> None:
             assert refused("files of other networks", read, loading.CorruptWeights, RuntimeError)
     finally:
         zoo.file.write_bytes(right)
-        manifest.write_entry(zoo.weight)
+        manifest.write_entry(zoo.checkpoint)
 
 
 # manifest
@@ -206,9 +206,9 @@ def test_a_file_of_another_network_does_not_load(zoo: Zoo) -> None:
 def read_manifest(path: Path, text: bytes) -> None:
     path.write_bytes(text)
     manifest._load.cache_clear()
-    for weight in manifest.load(path).values():
-        assert weight.folder.parent == manifest.PRETRAINED
-        assert weight.folder.name.isascii() and weight.folder.name not in (".", "..")
+    for checkpoint in manifest.load(path).values():
+        assert checkpoint.folder.parent == manifest.PRETRAINED
+        assert checkpoint.folder.name.isascii() and checkpoint.folder.name not in (".", "..")
 
 
 ENTRY = tiny_zoo.draft(
@@ -226,12 +226,12 @@ odd = st.one_of(
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
+    nested = [path] if path else []
     for key in (
         value if isinstance(value, dict) else range(len(value) if type(value) is list else 0)
     ):
-        found += paths(value[key], (*path, key))
-    return found
+        nested += paths(value[key], (*path, key))
+    return nested
 
 
 PLACES = [path for path in paths(ENTRY) if path[0] != "model_args"]
@@ -240,27 +240,27 @@ PLACES = [path for path in paths(ENTRY) if path[0] != "model_args"]
 @given(st.sampled_from(PLACES), odd)
 @FUZZ
 def test_a_manifest_with_another_value(tmp_path: Path, place: tuple[Any, ...], value: Any) -> None:
-    """Any field with any value: refused, or of the type and form that the class says."""
+    """A field with any value is refused, or has the type and the form of its class."""
     changed = json.loads(json.dumps(ENTRY))
     inner = changed
     for key in place[:-1]:
         inner = inner[key]
     before = inner[place[-1]]
     inner[place[-1]] = value
-    text = json.dumps({"namespace": "owner", "weights": [changed]}).encode()
+    text = json.dumps({"namespace": "owner", "checkpoints": [changed]}).encode()
     path = tmp_path / "manifest.json"
     error = refused(
         "manifests with other values", lambda: read_manifest(path, text), manifest.ManifestError
     )
     if error is None:
         assert value is None or isinstance(value, type(before) | int | float | list | dict), place
-        assert place != ("name",) or (value.isascii() and "/" not in value)
+        assert place != ("name",) or (str(value).isascii() and "/" not in str(value))
 
 
 @given(st.data())
 @FUZZ
 def test_a_manifest_with_other_bytes(tmp_path: Path, data: st.DataObject) -> None:
-    text = bytearray(json.dumps({"namespace": "owner", "weights": [ENTRY]}).encode())
+    text = bytearray(json.dumps({"namespace": "owner", "checkpoints": [ENTRY]}).encode())
     for _ in range(data.draw(st.integers(1, 3))):
         text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
     wrong = bytes(text[: data.draw(st.one_of(st.none(), st.integers(0, len(text))))])
@@ -273,13 +273,14 @@ def test_a_manifest_with_other_bytes(tmp_path: Path, data: st.DataObject) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"[]", b"null", b"{}", b"\xff\xfe", b'{"weights": 3}', b'{"weights": [3]}',
-        b'{"weights": [], "weights": []}', b'{"weights": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"weights": ["' + b"a" * 10_000_000 + b'"]}', b'{"a": "' + b"a" * 1_000_000 + b'"}',
-        b'{"weights": [' + b"9" * 1_000_000 + b"]}", b'{"weights": [1e999]}',
-        json.dumps({"weights": [ENTRY, ENTRY]}).encode(),
-        json.dumps({"weights": [ENTRY]}).replace('"bytes"', '"bytes": 1, "bytes"').encode(),
-        json.dumps({"weights": [{**ENTRY, "seeds": [math.nan]}]}).encode(),
+        b"", b"[]", b"null", b"{}", b"\xff\xfe", b'{"checkpoints": 3}', b'{"checkpoints": [3]}',
+        b'{"checkpoints": [], "checkpoints": []}',
+        b'{"checkpoints": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"checkpoints": ["' + b"a" * 10_000_000 + b'"]}', b'{"a": "' + b"a" * 1_000_000 + b'"}',
+        b'{"checkpoints": [' + b"9" * 1_000_000 + b"]}", b'{"checkpoints": [1e999]}',
+        json.dumps({"checkpoints": [ENTRY, ENTRY]}).encode(),
+        json.dumps({"checkpoints": [ENTRY]}).replace('"bytes"', '"bytes": 1, "bytes"').encode(),
+        json.dumps({"checkpoints": [{**ENTRY, "seeds": [math.nan]}]}).encode(),
         b" " * 10_000_000,
     ],
     ids=range(17),
@@ -289,16 +290,15 @@ def test_manifest_bombs(tmp_path: Path, text: bytes) -> None:
     assert refused("manifest bombs", lambda: read_manifest(path, text), manifest.ManifestError)
 
 
-# config.json, cards, and directories of weights
+# config.json, cards, and directories of checkpoints
 
 
 @given(st.data())
 @settings(FUZZ, max_examples=100)
 def test_a_bundle_with_another_config_or_card(zoo: Zoo, data: st.DataObject) -> None:
-    """It is not published: both follow from the manifest, to the byte, but for the classes' names.
-    Readers refuse it too."""
+    """It is neither published nor read: the manifest determines all of it but the class names."""
     name = data.draw(st.sampled_from([bundle.CONFIG, bundle.CARD]))
-    path = zoo.weight.folder / name
+    path = zoo.checkpoint.folder / name
     right = path.read_bytes()
     wrong = bytearray(right)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -310,10 +310,10 @@ def test_a_bundle_with_another_config_or_card(zoo: Zoo, data: st.DataObject) -> 
         path.write_bytes(written)
 
         def read() -> None:
-            stored = bundle.Bundle(zoo.weight.folder)
+            stored = bundle.Bundle(zoo.checkpoint.folder)
             assert all(isinstance(text, str) for text in stored.class_names)
             loading._marked(path)
-            hub.contents(zoo.weight)
+            hub.contents(zoo.checkpoint)
 
         error = refused(f"{name} with other bytes", read, hub.PublishError, loading.CorruptWeights)
         if name == bundle.CONFIG and not error:
@@ -328,18 +328,19 @@ def test_a_bundle_with_another_config_or_card(zoo: Zoo, data: st.DataObject) -> 
 
 CONFIGS = [
     b"", b"[]", b"{}", b"{" * 100_000, b'{"label_names": 3}', b'{"label_names": [1]}', b"\xff",
-    b'{"kn_zoo_weight": "a", "kn_zoo_weight": "b"}', b'{"label_names": ["' + b"a" * 10**7 + b'"]}',
+    b'{"kn_zoo_checkpoint": "a", "kn_zoo_checkpoint": "b"}',
+    b'{"label_names": ["' + b"a" * 10**7 + b'"]}',
     b'{"label_names": NaN}', b'{"a": ' + b"[" * 10**6 + b"]" * 10**6 + b"}",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", CONFIGS, ids=range(len(CONFIGS)))
 def test_config_bombs(zoo: Zoo, text: bytes) -> None:
-    path = zoo.weight.folder / bundle.CONFIG
+    path = zoo.checkpoint.folder / bundle.CONFIG
     right = path.read_bytes()
     try:
         path.write_bytes(text)
-        stored = bundle.Bundle(zoo.weight.folder)
+        stored = bundle.Bundle(zoo.checkpoint.folder)
         assert refused("config bombs", lambda: stored.class_names, loading.CorruptWeights)
         assert loading._marked(path) is None
     finally:
@@ -375,38 +376,40 @@ def test_sums_of_a_directory(tmp_path: Path, text: list[str], more: bytes) -> No
 
 
 def test_links_in_a_directory_are_not_followed(zoo: Zoo, tmp_path: Path) -> None:
-    """Neither to write through them, nor to take what they show for a file of the directory."""
+    """Nothing is written through a link, and its target is not a file of the directory."""
     place, outside = tmp_path / "place", tmp_path / "outside"
     outside.mkdir()
-    offline.add([zoo.weight], place)
+    offline.add([zoo.checkpoint], place)
     assert offline.problems(place) == []
     victim = outside / "victim"
     victim.write_bytes((place / NAME / bundle.CARD).read_bytes())
     (place / NAME / bundle.CARD).unlink()
     (place / NAME / bundle.CARD).symlink_to(victim)
-    assert any("not a plain file" in line for line in offline.problems(place))
+    assert any("not a regular file" in line for line in offline.problems(place))
     victim.write_text("mine")
-    offline.add([zoo.weight], place)
+    offline.add([zoo.checkpoint], place)
     assert victim.read_text() == "mine" and offline.problems(place) == []
     os.rename(place / NAME, outside / NAME)
     (place / NAME).symlink_to(outside / NAME)
     with pytest.raises(ValueError, match="is a link"):
-        offline.add([zoo.weight], place)
+        offline.add([zoo.checkpoint], place)
     assert offline.problems(place)
     COUNTS["links refused"] += 3
 
 
 def test_the_pins_of_a_machine_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path))
-    weight = next(
+    checkpoint = next(
         w for w in manifest._load(tiny_zoo.ROOT / "weights_manifest.json").values() if w.upstream
     )
-    weight = tiny_zoo.replace(weight, file=None)
-    path = upstream.folder(weight) / upstream.PIN
+    checkpoint = tiny_zoo.replace(checkpoint, file=None)
+    path = upstream.folder(checkpoint) / upstream.PIN
     path.parent.mkdir(parents=True)
     good = asdict(manifest.File("0" * 64, 9, "float32"))
-    for wrong in ({}, {**good, "sha256": "0"}, {**good, "bytes": "9"}, {**good, "more": 1}, []):
+    changes: list[Any] = [{"sha256": "0"}, {"bytes": "9"}, {"more": 1}]
+    wrong: Any
+    for wrong in ({}, [], *({**good, **change} for change in changes)):
         path.write_text(json.dumps(wrong))
-        assert refused("pins", lambda: upstream.known_file(weight), loading.CorruptWeights)
+        assert refused("pins", lambda: upstream.known_file(checkpoint), loading.CorruptWeights)
     path.write_text(json.dumps(good))
-    assert upstream.known_file(weight) == manifest.File(**good)
+    assert upstream.known_file(checkpoint) == manifest.File(**good)

@@ -1,4 +1,4 @@
-"""The real Hugging Face client against a Hub on this machine: load, and whatever can break."""
+"""Loading with the real Hugging Face client from a Hub on the loopback interface, with faults."""
 
 import functools
 import hashlib
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
 
 @pytest.fixture(scope="module")
 def files(zoo: Zoo) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in zoo.weight.folder.iterdir()}
+    return {path.name: path.read_bytes() for path in zoo.checkpoint.folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def commit(files: dict[str, bytes]) -> str:
 
 @pytest.fixture(scope="module")
 def package(zoo: Zoo, commit: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """kn_zoo with a weight on the Hub only, one whose repository is gone, one that nobody has."""
-    on_hub = tiny_zoo.replace(zoo.weight, bundle=False, hub=manifest.Hub(REPOSITORY, commit))
+    """kn_zoo with checkpoints on the Hub, in a deleted repository, and not trained yet."""
+    on_hub = tiny_zoo.replace(zoo.checkpoint, bundle=None, hub=manifest.Hub(REPOSITORY, commit))
     gone = manifest.Hub("owner/gone", commit)
     others = [
         tiny_zoo.replace(on_hub, name=f"{ARCHITECTURE}.lost", hub=gone),
@@ -91,14 +92,14 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(numbers).hexdigest()
 
 
-def refused(answer: dict[str, str], error: str, *said: str) -> None:
+def refused(answer: dict[str, str], error: str, *texts: str) -> None:
     assert answer.get("error") == error, answer
-    for text in said:
+    for text in texts:
         assert text in answer["message"], answer
     assert "\n" not in answer["message"]
 
 
-def test_every_name_loads_and_what_is_not_there_is_told(
+def test_every_name_loads_and_missing_files_are_reported(
     zoo: Zoo,
     package: Path,
     hub: Hub,
@@ -128,7 +129,7 @@ def test_every_name_loads_and_what_is_not_there_is_told(
         missing = child.load(NAME, cache_dir=next(caches))
         refused(missing, "MissingWeights", "does not exist", "Upgrade kn_zoo")
 
-        # another file in its place: longer, cut, empty, of the same length, another network's
+        # a wrong file: longer, cut, empty, of the same length, of another network
         other = to_safetensors(tiny_zoo.network(1).state_dict())
         for wrong in (whole[:-1] + b"\0\0", whole[:-1], b"", whole[::-1], other):
             hashes = hashlib.sha256(wrong).hexdigest(), hashlib.sha256(whole).hexdigest()
@@ -141,15 +142,17 @@ def test_every_name_loads_and_what_is_not_there_is_told(
                 refused(child.load(name, cache_dir=next(caches)), "CorruptWeights", *hashes)
         stored[OWN][manifest.WEIGHTS_FILE] = other
         own = child.load(f"hf-hub:{OWN}", cache_dir=next(caches))
-        assert own == {"sha256": digest(tiny_zoo.network(1))}, "not in the manifest, not compared"
+        assert own == {"sha256": digest(tiny_zoo.network(1))}, (
+            "a repository of the user's own is not compared"
+        )
 
-        # what came wrong is in the cache: it is named, and fetched once more on the next call
+        # a wrong file in the cache is named, and downloaded again by the next call
         spoilt = next(caches)
         refused(child.load(NAME, cache_dir=spoilt), "CorruptWeights", f"Delete {spoilt}")
         stored[REPOSITORY][manifest.WEIGHTS_FILE] = whole
         assert child.load(NAME, cache_dir=spoilt) == right
 
-        # no network: what is cached loads without asking anyone, the rest says what to do
+        # without a network the cache serves its files without a request; other files give a hint
         asked = len(hub.requests)
         assert child.load(NAME) == right
         assert len(hub.requests) == asked, "a commit in the cache needs no request"
@@ -188,16 +191,17 @@ def same(data: bytes) -> bytes:
 
 
 LOADS = ("loads",)
-UNREACHABLE = ("MissingWeights", "cannot be reached or is no Hub", "kn-zoo download")
+UNREACHABLE = ("MissingWeights", "cannot be reached or is not a Hub", "kn-zoo download")
 TRY_AGAIN = ("MissingWeights", "could not be downloaded", "Try again")
 CORRUPT = ("CorruptWeights", "SHA-256", "Delete ")
 TOKEN = ("MissingWeights", "does not accept your token", "unset HF_TOKEN")
 ABSENT = ("MissingWeights", "does not exist", "Upgrade kn_zoo")
 HEAD, GET = ("HEAD", "/resolve/"), ("GET", "/cdn/")
 status, cut, replaced, head = loopback.status, loopback.cut, loopback.replaced, loopback.head
-evil = "../" * 9 + "tmp/kn_zoo_was_here"
+OUTSIDE = "kn_zoo_was_here"
+hostile = "../" * 9 + f"tmp/{OUTSIDE}"
 FAULTS: list[tuple[tuple[str, str], Any, int, tuple[str, ...]]] = [
-    # the question where the file is
+    # the request for the address of the file
     *((HEAD, status(code), 1, LOADS) for code in (408, 429, 500, 502, 503, 504)),
     *((HEAD, status(code), ALWAYS, UNREACHABLE) for code in (429, 500, 503)),
     (HEAD, status(429, Retry_After="1"), 2, LOADS),
@@ -213,7 +217,7 @@ FAULTS: list[tuple[tuple[str, str], Any, int, tuple[str, ...]]] = [
     (HEAD, head(without="X-Repo-Commit"), ALWAYS, UNREACHABLE),
     (HEAD, head(without="X-Linked-Size"), ALWAYS, LOADS),
     (HEAD, head(X_Linked_ETag='"' + "0" * 64 + '"'), ALWAYS, LOADS),
-    (HEAD, head(X_Repo_Commit=evil), ALWAYS, ("MissingWeights",)),
+    (HEAD, head(X_Repo_Commit=hostile), ALWAYS, ("MissingWeights",)),
     (HEAD, head(X_Repo_Commit="0" * 40), ALWAYS, LOADS),
     (HEAD, head(X_Linked_Size="1"), ALWAYS, TRY_AGAIN),
     (HEAD, head(X_Linked_Size="1000000000000000"), ALWAYS, TRY_AGAIN),
@@ -257,46 +261,51 @@ def test_whatever_breaks_nothing_wrong_is_loaded(
     tell: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
-    """Each fault on an empty cache; once it is over the same cache serves the right numbers."""
+    """Each fault meets an empty cache; afterwards the same cache provides the right numbers."""
     right = {"sha256": digest(zoo.model)}
     loaded, refusals, surprises = 0, 0, []
     before = set(Path("/tmp").iterdir())
     with Child(package, **environment) as child:
-        for number, ((method, path), act, times, (outcome, *said)) in enumerate(FAULTS):
+        for number, ((method, path), act, times, (outcome, *texts)) in enumerate(FAULTS):
             hub.faults[:] = [Fault(method, path, act, times)]
             cache = next(caches)
             answer = child.load(NAME, cache_dir=cache)
             happened = hub.faults.pop().times < times
-            cured = child.load(NAME, cache_dir=cache) == right
+            recovered = child.load(NAME, cache_dir=cache) == right
             unfinished = [path for path in Path(cache).rglob("*") if "incomplete" in path.name]
             if answer == right:
                 loaded += 1
-                as_told = outcome == "loads"
+                expected = outcome == "loads"
             else:
                 refusals += 1
                 message = answer["message"]
-                as_told = answer["error"] == outcome and all(text in message for text in said)
-                as_told &= "\n" not in message
-            if not (happened and cured and as_told) or unfinished:
-                surprises.append((number, happened, cured, unfinished, said, answer))
+                expected = answer["error"] == outcome and all(text in message for text in texts)
+                expected &= "\n" not in message
+            if not (happened and recovered and expected) or unfinished:
+                surprises.append((number, happened, recovered, unfinished, texts, answer))
     assert not surprises
     assert hub.resumed >= 4, "what was cut is resumed where it broke off"
-    assert not [path for path in set(Path("/tmp").iterdir()) - before if "kn_zoo" in path.name]
+    assert not [
+        path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith(OUTSIDE)
+    ]
     tell(
         f"Hub on loopback: {len(FAULTS)} faults while loading: {loaded} overcome, {refusals} "
-        "refused with a cure, 0 loaded wrong"
+        "refused with a hint, 0 loaded wrong"
     )
 
 
 def test_a_cache_that_cannot_be_written(
     zoo: Zoo, package: Path, hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """It serves what it has; what it has not is an error that names another place."""
+    """A read-only cache provides its files; a missing file is an error with a hint."""
     right = {"sha256": digest(zoo.model)}
     empty, full = tmp_path / "empty", tmp_path / "full"
     empty.mkdir()
-    for folder in (tmp_path, *tmp_path.parents[:2], package.parent):
-        folder.chmod(0o755)  # pytest makes them for their owner alone
+    # pytest makes its folders for their owner alone, at a depth that depends on pytest-xdist.
+    mine = Path(tempfile.gettempdir()).resolve()
+    for folder in (tmp_path, *tmp_path.parents, package, *package.parents):
+        if folder.is_relative_to(mine) and folder != mine:
+            folder.chmod(0o755)
     with Child(package, **environment) as child:
         assert child.load(NAME, cache_dir=str(full), last_as_root=True) == right
         folders = [empty, full, *(p for p in full.rglob("*") if p.is_dir() and not p.is_symlink())]
@@ -331,8 +340,8 @@ def test_eight_processes_download_once(
     tmp_path: Path,
     tell: Callable[[str], None],
 ) -> None:
-    """They have imported everything when they part, so that they do ask at the same moment."""
-    hub.faults.append(Fault("GET", "/cdn/", loopback.trickle(10, 1), ALWAYS))
+    """The processes are forked after the imports, so that they request the file together."""
+    hub.faults.append(Fault("GET", "/cdn/", loopback.trickle(20, 6), ALWAYS))
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", EIGHT, NAME, str(tmp_path / "out")]
     variables = {**os.environ, **environment, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
@@ -371,7 +380,7 @@ def test_a_bundle_comes_from_the_hub_as_a_whole(
     client = functools.partial(loading.hf_hub_download, endpoint=hub.endpoint)
     monkeypatch.setattr(loading, "hf_hub_download", client)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    weight = tiny_zoo.replace(zoo.weight, bundle=False, hub=manifest.Hub(REPOSITORY, commit))
-    found = bundle.get(weight, tmp_path)
-    for path in zoo.weight.folder.iterdir():
-        assert (found.folder / path.name).read_bytes() == path.read_bytes()
+    checkpoint = tiny_zoo.replace(zoo.checkpoint, bundle=None, hub=manifest.Hub(REPOSITORY, commit))
+    downloaded = bundle.get(checkpoint, tmp_path)
+    for path in zoo.checkpoint.folder.iterdir():
+        assert (downloaded.folder / path.name).read_bytes() == path.read_bytes()

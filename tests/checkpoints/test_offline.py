@@ -1,4 +1,4 @@
-"""Weights for a machine without a network, and the order in which places are looked in."""
+"""Checkpoints for a machine without a network, and the order of the places searched."""
 
 import shutil
 import subprocess
@@ -29,48 +29,50 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture
-def place(zoo: Zoo, tmp_path: Path) -> Path:
+def directory(zoo: Zoo, tmp_path: Path) -> Path:
     assert run("download", NAME, tmp_path / "a stick") == 0
     return tmp_path / "a stick"
 
 
-def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, place: Path) -> None:
-    names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+def test_a_directory_holds_whole_bundles_and_their_sums(zoo: Zoo, directory: Path) -> None:
+    names = {
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    }
     assert names == {offline.SUMS, *(f"{NAME}/{name}" for name in bundle.FILES)}
-    assert run("verify", place) == 0
+    assert run("check", directory) == 0
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--check", "--quiet", offline.SUMS], cwd=place, check=True)
-    assert run("download", "--all", place) == 0, "again, over what is there"
-    assert offline.problems(place) == []
+        subprocess.run(["sha256sum", "--check", "--quiet", offline.SUMS], cwd=directory, check=True)
+    assert run("download", "--all", directory) == 0, "again, over what is there"
+    assert offline.problems(directory) == []
 
 
-def test_it_serves_a_machine_without_network(zoo: Zoo, place: Path, tmp_path: Path) -> None:
-    """In another process, which has neither bundle nor cache, and whose Hub does not answer."""
-    on_hub = replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT))
+def test_it_serves_a_machine_without_network(zoo: Zoo, directory: Path, tmp_path: Path) -> None:
+    """Another process has neither bundle nor cache, and its Hub does not answer."""
+    on_hub = replace(zoo.checkpoint, bundle=None, hub=manifest.Hub("owner/tiny", COMMIT))
     lost = replace(on_hub, name=f"{ARCHITECTURE}.lost", hub=manifest.Hub("owner/lost", COMMIT))
     machine = tiny_zoo.copy_package(tmp_path / "machine", [on_hub, lost])
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:1"}
     environment = {**home, "HF_HUB_OFFLINE": "1", "HF_HUB_VERBOSITY": "critical"}
-    with Child(machine, **environment, KN_ZOO_WEIGHTS=str(place)) as child:
-        found = child.load(NAME)
-        assert set(found) == {"sha256"}
-        assert child.load(f"local-dir:{place / NAME}") == found
+    with Child(machine, **environment, KN_ZOO_WEIGHTS=str(directory)) as child:
+        loaded = child.load(NAME)
+        assert set(loaded) == {"sha256"}
+        assert child.load(f"local-dir:{directory / NAME}") == loaded
         answer = child.load(lost.name)
         assert answer["error"] == "MissingWeights" and "kn-zoo download" in answer["message"]
-        file = place / NAME / WEIGHTS_FILE
+        file = directory / NAME / WEIGHTS_FILE
         file.write_bytes(file.read_bytes()[:-1] + b"!")
         answer = child.load(NAME)
         assert answer["error"] == "CorruptWeights"
-        assert f"kn-zoo verify {place}" in answer["message"]
+        assert f"kn-zoo check {directory}" in answer["message"]
     with Child(machine, **environment, KN_ZOO_WEIGHTS=str(tmp_path / "nowhere")) as child:
         answer = child.load(NAME)
         assert answer["error"] == "MissingWeights" and "not a directory" in answer["message"]
 
 
 def test_the_order_of_places(
-    zoo: Zoo, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zoo: Zoo, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Package, directory, cache and Hub; the file of each is known by where it lies."""
+    """Package, directory, cache and Hub; the path of the file shows where it came from."""
     asked = []
 
     def download(repository: str, filename: str, revision: str, **options: object) -> str:
@@ -78,33 +80,71 @@ def test_the_order_of_places(
         return str(tmp_path / "from the hub")
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
-    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(place))
-    weight = replace(zoo.weight, hub=manifest.Hub("owner/tiny", COMMIT))
-    assert loading.locate(weight) == zoo.file
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(directory))
+    checkpoint = replace(zoo.checkpoint, hub=manifest.Hub("owner/tiny", COMMIT))
+    assert loading.locate(checkpoint) == zoo.file
     zoo.file.unlink()
-    assert loading.locate(weight) == place / NAME / WEIGHTS_FILE
+    assert loading.locate(checkpoint) == directory / NAME / WEIGHTS_FILE
     assert not asked
-    shutil.rmtree(place / NAME)
-    assert loading.locate(weight) == tmp_path / "from the hub"
+    shutil.rmtree(directory / NAME)
+    assert loading.locate(checkpoint) == tmp_path / "from the hub"
     assert asked == [("owner/tiny", WEIGHTS_FILE, COMMIT)]
     monkeypatch.delenv("KN_ZOO_WEIGHTS")
-    assert loading.locate(replace(weight, bundle=False)) == tmp_path / "from the hub"
+    assert loading.locate(replace(checkpoint, bundle=None)) == tmp_path / "from the hub"
 
 
 def test_a_damaged_file_in_a_directory_is_left_where_it_is(
-    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch
+    zoo: Zoo, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not the cache, whatever it is called: nothing there is deleted or fetched again."""
-    snapshots = place.rename(place.with_name("snapshots"))
+    """A directory is not the cache, even if named like it: no file in it is replaced."""
+    snapshots = directory.rename(directory.with_name("snapshots"))
     monkeypatch.setenv("KN_ZOO_WEIGHTS", str(snapshots))
-    manifest.write_entry(replace(zoo.weight, bundle=False, hub=manifest.Hub("owner/tiny", COMMIT)))
+    manifest.write_entry(
+        replace(zoo.checkpoint, bundle=None, hub=manifest.Hub("owner/tiny", COMMIT))
+    )
     tiny_zoo.register(monkeypatch)
     monkeypatch.setattr(loading, "hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
     file = snapshots / NAME / WEIGHTS_FILE
     flip(file)
-    with pytest.raises(loading.CorruptWeights, match="kn-zoo verify"):
+    with pytest.raises(loading.CorruptWeights, match="kn-zoo check"):
         timm.create_model(NAME, pretrained=True)
     assert file.is_file()
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def make_file(path: Path) -> None:
+    path.parent.write_text("not a bundle")
+
+
+@pytest.mark.parametrize("make", [make_folder, make_file], ids=lambda make: make.__name__)
+def test_something_else_in_the_place_of_a_bundle_is_named(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    make(directory / NAME / WEIGHTS_FILE)
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(directory))
+    with pytest.raises(loading.CorruptWeights, match=f"KN_ZOO_WEIGHTS={directory}") as caught:
+        loading.locate(replace(zoo.checkpoint, bundle=None))
+    assert f"kn-zoo download {NAME} {directory}" in str(caught.value)
+
+
+def test_an_authors_file_without_its_pin_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash is not in the manifest, so that the file cannot be checked."""
+    entry = replace(manifest.find("knresnet18"), file=None)
+    path = tmp_path / entry.name / WEIGHTS_FILE
+    path.parent.mkdir()
+    path.write_text("anything")
+    monkeypatch.setenv("KN_ZOO_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
+    assert loading.locate(entry) == path
+    with pytest.raises(loading.MissingWeights, match=f"{path} cannot be checked"):
+        loading.read(path, entry)
 
 
 def flip(path: Path) -> None:
@@ -117,37 +157,37 @@ def put_beside(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, put_beside], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, bundle.PREDICTIONS, bundle.CARD])
-def test_verify_names_what_is_wrong(
-    place: Path,
+def test_check_names_what_is_wrong(
+    directory: Path,
     name: str,
     damage: Callable[[Path], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage(place / NAME / name)
+    damage(directory / NAME / name)
     capsys.readouterr()
-    assert run("verify", place) == 1
+    assert run("check", directory) == 1
     printed = capsys.readouterr().out
     assert f"{NAME}/{'extra.bin' if damage is put_beside else name}: " in printed
-    assert "problems" in printed.splitlines()[-1]
+    assert "problem" in printed.splitlines()[-1]
 
 
-def test_sums_that_fit_a_forged_file_do_not_help(place: Path) -> None:
-    """The manifest tells what the tensors are, not the directory."""
-    file = place / NAME / WEIGHTS_FILE
-    before = (place / offline.SUMS).read_text()
+def test_sums_that_fit_a_forged_file_do_not_help(directory: Path) -> None:
+    """The weights are compared with the manifest, not with the directory's own sums."""
+    file = directory / NAME / WEIGHTS_FILE
+    before = (directory / offline.SUMS).read_text()
     right = offline.files.sha256(file)
     flip(file)
-    (place / offline.SUMS).write_text(before.replace(right, offline.files.sha256(file)))
-    (problem,) = offline.problems(place)
-    assert "it must be" in problem
+    (directory / offline.SUMS).write_text(before.replace(right, offline.files.sha256(file)))
+    (problem,) = offline.problems(directory)
+    assert "expected" in problem
 
 
-def test_a_weight_that_this_version_does_not_know(
-    zoo: Zoo, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_checkpoint_that_this_version_does_not_know(
+    zoo: Zoo, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tiny_zoo.empty_manifest(tmp_path / "zoo", monkeypatch)
     manifest._load.cache_clear()
-    assert "upgrade it" in offline.problems(place)[0]
+    assert "Upgrade kn_zoo" in offline.problems(directory)[0]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +196,8 @@ def test_a_weight_that_this_version_does_not_know(
         (["download", NAME], "a directory"),
         (["download", NAME, "--all", "x"], "or --all"),
         (["download", "no.such", "x"], "no.such"),
-        (["verify", "nowhere"], "nowhere"),
-        (["import", NAME, "x"], "is not imported"),
+        (["check", "nowhere"], "nowhere"),
+        (["import", NAME, "x"], "is not a checkpoint of the authors"),
         (["import", "knresnet18", "nowhere.pth"], "nowhere.pth"),
         (["pin", "nowhere.json"], "nowhere.json"),
     ],
@@ -179,7 +219,7 @@ def test_bad_usage_is_one_line_and_status_2(
     assert message in error and len(error.strip().splitlines()) == 1 and not out
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported_with_the_path(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
@@ -187,10 +227,13 @@ def test_a_full_disk_is_told(
 
     monkeypatch.setattr("os.fsync", full)
     assert run("download", NAME, tmp_path / "x") == 2
-    assert "No space left on device" in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    path = tmp_path / "x" / NAME / WEIGHTS_FILE
+    assert f"{path} cannot be written (No space left on device)" in message
+    assert "Free some space, or choose another directory" in message
     assert not [p for p in (tmp_path / "x").rglob("*") if p.is_file()]
 
 
-def test_timm_lists_the_imported_weights() -> None:
+def test_timm_lists_the_imported_checkpoints() -> None:
     for size in (18, 34, 50):
         assert f"knresnet{size}.upstream_in1k" in timm.list_pretrained()

@@ -1,4 +1,4 @@
-"""Publishing: what is pushed is what loads elsewhere, and the manifest says under which commit."""
+"""Publishing: what is pushed loads elsewhere, and the manifest names the commit."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -46,11 +47,11 @@ def api(server: Hub) -> HfApi:
 
 
 def on_disk(zoo: Zoo) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in zoo.weight.folder.iterdir()}
+    return {path.name: path.read_bytes() for path in zoo.checkpoint.folder.iterdir()}
 
 
 def test_a_push_is_one_commit_of_the_bundle(zoo: Zoo, server: Hub, api: HfApi) -> None:
-    published = hub.publish(zoo.weight, api, tags=["v1"])
+    published = hub.publish(zoo.checkpoint, api, tags=["v1"])
     repository = server.repositories[REPOSITORY]
     (_, empty), (oid, files) = repository.commits
     assert files == {**empty, **on_disk(zoo)}, "the card names the repository, here and there"
@@ -60,7 +61,7 @@ def test_a_push_is_one_commit_of_the_bundle(zoo: Zoo, server: Hub, api: HfApi) -
 
 
 def test_a_second_push_changes_nothing(zoo: Zoo, server: Hub, api: HfApi) -> None:
-    hub.publish(zoo.weight, api)
+    hub.publish(zoo.checkpoint, api)
     before, written = len(server.requests), manifest.PATH.read_bytes()
     hub.publish(manifest.find(NAME), api)
     assert len(server.repositories[REPOSITORY].commits) == 2
@@ -70,7 +71,7 @@ def test_a_second_push_changes_nothing(zoo: Zoo, server: Hub, api: HfApi) -> Non
 
 
 def test_only_what_changed_is_sent(zoo: Zoo, server: Hub, api: HfApi) -> None:
-    first = hub.publish(zoo.weight, api)
+    first = hub.publish(zoo.checkpoint, api)
     manifest.write_entry(tiny_zoo.replace(manifest.find(NAME), seeds=(8, 9)))
     bundle.refresh()
     second = hub.publish(manifest.find(NAME), api)
@@ -82,7 +83,7 @@ def test_only_what_changed_is_sent(zoo: Zoo, server: Hub, api: HfApi) -> None:
 
 
 def test_a_tag_is_not_moved(zoo: Zoo, server: Hub, api: HfApi) -> None:
-    first = hub.publish(zoo.weight, api, tags=["v1"])
+    first = hub.publish(zoo.checkpoint, api, tags=["v1"])
     assert hub.publish(manifest.find(NAME), api, tags=["v1"]) == first
     manifest.write_entry(tiny_zoo.replace(manifest.find(NAME), seeds=(8,)))
     bundle.refresh()
@@ -91,7 +92,7 @@ def test_a_tag_is_not_moved(zoo: Zoo, server: Hub, api: HfApi) -> None:
 
 
 def test_a_private_repository(zoo: Zoo, server: Hub, api: HfApi) -> None:
-    hub.publish(zoo.weight, api, private=True)
+    hub.publish(zoo.checkpoint, api, private=True)
     assert server.repositories[REPOSITORY].private
 
 
@@ -123,17 +124,17 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(
     zoo: Zoo, server: Hub, api: HfApi, name: str, damage: Callable[[Path], None]
 ) -> None:
     written = manifest.PATH.read_bytes()
-    damage(zoo.weight.folder / name)
+    damage(zoo.checkpoint.folder / name)
     with pytest.raises(hub.PublishError) as caught:
-        hub.publish(zoo.weight, api)
+        hub.publish(zoo.checkpoint, api)
     assert not server.requests and manifest.PATH.read_bytes() == written
     assert "\n" not in str(caught.value)
 
 
 def test_predictions_that_are_a_pickle_are_refused(zoo: Zoo, api: HfApi) -> None:
-    replace_by_pickle(zoo.weight.folder / bundle.PREDICTIONS)
+    replace_by_pickle(zoo.checkpoint.folder / bundle.PREDICTIONS)
     with pytest.raises(hub.PublishError):
-        hub.publish(zoo.weight, api)
+        hub.publish(zoo.checkpoint, api)
 
 
 TRY_AGAIN, LOG_IN = "Run the command again", "hf auth login"
@@ -159,71 +160,79 @@ FAULTS = [
 def test_whatever_breaks_the_next_push_ends_as_it_should(
     zoo: Zoo, server: Hub, api: HfApi, tell: Callable[[str], None]
 ) -> None:
-    """A push is done or not: the manifest has a commit hash only if it is."""
-    written, weight = manifest.PATH.read_bytes(), manifest.find(NAME)
-    card_before, done, surprises = (weight.folder / bundle.CARD).read_bytes(), 0, []
-    for number, ((method, path), act, times, said) in enumerate(FAULTS):
+    """The manifest has a commit hash only if the push succeeded."""
+    written, checkpoint = manifest.PATH.read_bytes(), manifest.find(NAME)
+    card_before, done = (checkpoint.folder / bundle.CARD).read_bytes(), 0
+    surprises: list[tuple[Any, ...]] = []
+    for number, ((method, path), act, times, text) in enumerate(FAULTS):
         server.repositories.clear()
         server.large.clear()
         server.faults[:] = [Fault(method, path, act, times)]
         try:
-            hub.publish(weight, api)
+            hub.publish(checkpoint, api)
             done += 1
-            as_told = said is None
+            expected = text is None
         except hub.PublishError as error:
-            as_told = said is not None and said in str(error) and "\n" not in str(error)
-            as_told &= manifest.PATH.read_bytes() == written
+            expected = text is not None and text in str(error) and "\n" not in str(error)
+            expected &= manifest.PATH.read_bytes() == written
         happened = server.faults.pop().times < times
-        found = hub.publish(manifest.find(NAME), api)
-        whole = server.repositories[REPOSITORY].at(found.revision)
-        if not (as_told and happened and whole and whole[1].items() >= on_disk(zoo).items()):
-            surprises.append((number, method, path, said, as_told, happened))
+        published = hub.publish(manifest.find(NAME), api)
+        commit = server.repositories[REPOSITORY].at(published.revision)
+        if not (expected and happened and commit and commit[1].items() >= on_disk(zoo).items()):
+            surprises.append((number, method, path, text, expected, happened))
         if len(server.repositories[REPOSITORY].commits) != 2:
             surprises.append((number, "commits"))
-        manifest.write_bytes(manifest.PATH, written)
+        manifest.PATH.write_bytes(written)
         manifest._load.cache_clear()
-        (weight.folder / bundle.CARD).write_bytes(card_before)
+        (checkpoint.folder / bundle.CARD).write_bytes(card_before)
     assert not surprises
     tell(
         f"Hub on loopback: {len(FAULTS)} faults while publishing: {done} overcome, "
-        f"{len(FAULTS) - done} refused with a cure, then published whole"
+        f"{len(FAULTS) - done} refused with a hint, then published whole"
     )
 
 
 def test_an_expired_token_and_a_dead_server(zoo: Zoo, server: Hub) -> None:
     with pytest.raises(hub.PublishError, match="hf auth login"):
-        hub.publish(zoo.weight, HfApi(endpoint=server.endpoint, token="expired"))
+        hub.publish(zoo.checkpoint, HfApi(endpoint=server.endpoint, token="expired"))
     server.stop()
     with pytest.raises(hub.PublishError, match="Run the command again"):
-        hub.publish(zoo.weight, HfApi(endpoint=server.endpoint, token="good"))
+        hub.publish(zoo.checkpoint, HfApi(endpoint=server.endpoint, token="good"))
     assert manifest.find(NAME).hub is None
 
 
 # Model cards
 
 
-@pytest.mark.parametrize("name", [*(w.name for w in manifest.load().values() if w.bundle), NAME])
+CARDS = {
+    entry.name: entry.folder / bundle.CARD
+    for entry in manifest.load().values()
+    if entry.bundle and entry.file
+}
+
+
+@pytest.mark.parametrize("name", [*CARDS, NAME])
 def test_the_hub_takes_the_card(
     name: str, zoo: Zoo, server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """huggingface_hub's own validator posts it to the Hub, here the one on this machine."""
+    """The validator of huggingface_hub posts it to the Hub, here on the loopback interface."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
-    path = tiny_zoo.ROOT / "kn_zoo" / "pretrained" / name / bundle.CARD
-    text = card(zoo.weight) if name == NAME else path.read_text("utf-8")
+    text = card(zoo.checkpoint) if name == NAME else CARDS[name].read_text("utf-8")
     loaded = ModelCard(text)
     loaded.validate()
     assert server.count("POST", "/api/validate-yaml") == 1
-    assert (loaded.data.license, loaded.data.library_name) == ("mit", "timm")
-    assert "arxiv:2205.10089" in loaded.data.tags
-    results = loaded.data.eval_results
+    data: Any = loaded.data
+    assert (data.license, data.library_name) == ("mit", "timm")
+    assert "arxiv:2205.10089" in data.tags
+    results = data.eval_results
     assert results and all(isinstance(result, EvalResult) for result in results)
-    for said in (
-        "Intended use and limits",
+    for part in (
+        "Intended use and limitations",
         "train_scripts/train.py",
         "seeds",
         "import timm, kn_zoo",
     ):
-        assert said in text
+        assert part in text
     with pytest.raises(ValueError):
         ModelCard(text.replace("license: mit", "license: MIT")).validate()
 
@@ -243,19 +252,19 @@ class FewDigits(data.Digits):
         self.data, self.targets = self.data[:12], self.targets[:12]
 
 
-def test_what_is_not_verified_is_published_only_if_told_so(
+def test_an_unverified_checkpoint_is_published_only_if_waived(
     zoo: Zoo,
     server: Hub,
     push: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The weight is said to be measured on 12 images, of which its predictions are random."""
+    """The entry names 12 images, and the stored predictions are random."""
     for needed, other, status in (("data", "verify", "skipped"), ("verify", "data", "mismatch")):
         for arguments in ([NAME], [NAME, "--waive", other], ["--all", "--dry-run"]):
             assert push(*arguments) == 2
-            told = capsys.readouterr().err.splitlines()[-1]
-            assert f"is not verified: {status}" in told and f"--waive {needed}" in told
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert f"is not verified: {status}" in message and f"--waive {needed}" in message
         assert not server.repositories
         assert push(NAME, "--waive", needed, "--dry-run") == 0
         assert f"{REPOSITORY}, to be created: README.md" in capsys.readouterr().out
@@ -294,40 +303,44 @@ def environment(server: Hub, home: Path, package: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(
     not any(w.dataset.name == "digits" and w.bundle for w in manifest.load().values()),
-    reason="no weight on digits travels with the package",
+    reason="the package has no checkpoint on digits",
 )
-def test_the_journey_of_a_weight(server: Hub, tmp_path: Path) -> None:
-    """Verified, pushed from a checkout, loaded on another machine, pasted from its card."""
-    weight = next(w for w in manifest.load().values() if w.dataset.name == "digits" and w.bundle)
-    checkout = tiny_zoo.copy_package(tmp_path / "checkout", [tiny_zoo.replace(weight, hub=None)])
+def test_the_journey_of_a_checkpoint(server: Hub, tmp_path: Path) -> None:
+    """Verify, push from a checkout, load on another machine, run the code of the card."""
+    checkpoint = next(
+        w for w in manifest.load().values() if w.dataset.name == "digits" and w.bundle
+    )
+    checkout = tiny_zoo.copy_package(
+        tmp_path / "checkout", [tiny_zoo.replace(checkpoint, hub=None)]
+    )
     (checkout / "kn_zoo" / "pretrained").mkdir()
-    folder = checkout / "kn_zoo" / "pretrained" / weight.name
-    shutil.copytree(weight.folder, folder)
-    (folder / bundle.CARD).write_text(card(tiny_zoo.replace(weight, hub=None)), "utf-8")
-    repository = f"owner/{weight.name}"
+    folder = checkout / "kn_zoo" / "pretrained" / checkpoint.name
+    shutil.copytree(checkpoint.folder, folder)
+    (folder / bundle.CARD).write_text(card(tiny_zoo.replace(checkpoint, hub=None)), "utf-8")
+    repository = f"owner/{checkpoint.name}"
     variables = environment(server, tmp_path / "home", checkout)
 
-    command = [sys.executable, "train_scripts/push_to_hub.py", weight.name, "--tag", "v1"]
+    command = [sys.executable, "train_scripts/push_to_hub.py", checkpoint.name, "--tag", "v1"]
     done = subprocess.run(
         command, cwd=checkout, env={**os.environ, **variables}, capture_output=True, text=True
     )
     assert done.returncode == 0, done
-    (written,) = json.loads((checkout / "weights_manifest.json").read_text())["weights"]
+    (written,) = json.loads((checkout / "weights_manifest.json").read_text())["checkpoints"]
     oid, _ = server.repositories[repository].commits[-1]
     assert written["hub"] == {"repository": repository, "revision": oid}
     assert f"{repository}@{oid}" in done.stdout
 
     # another machine, with an empty cache
-    elsewhere = tiny_zoo.replace(weight, hub=manifest.Hub(repository, oid), bundle=False)
+    elsewhere = tiny_zoo.replace(checkpoint, hub=manifest.Hub(repository, oid), bundle=None)
     machine = tiny_zoo.copy_package(tmp_path / "machine", [elsewhere])
     variables = environment(server, tmp_path / "another home", machine)
     with Child(machine, **variables) as child:
-        by_name, by_hub = child.load(weight.name), child.load(f"hf-hub:{repository}")
-    model = timm.create_model(weight.name, pretrained=True)
+        by_name, by_hub = child.load(checkpoint.name), child.load(f"hf-hub:{repository}")
+    model = timm.create_model(checkpoint.name, pretrained=True)
     numbers = b"".join(x.numpy().tobytes() for x in model.state_dict().values())
     assert by_name == by_hub == {"sha256": loopback.sha256(numbers)}
 
-    # what the card says, pasted
+    # the code of the card
     published = server.repositories[repository].commits[-1][1][bundle.CARD].decode()
     (snippet,) = re.findall(r"```python\n(import timm, kn_zoo.*?)\n```", published, re.S)
     assert snippet == usage(elsewhere) and "hf-hub:" in snippet

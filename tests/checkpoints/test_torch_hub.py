@@ -1,4 +1,4 @@
-"""torch.hub: from a clean process, and its list and help of every model."""
+"""torch.hub: loading in a clean process, and list and help of every model."""
 
 import re
 import shutil
@@ -34,12 +34,15 @@ load()
 """
 
 
-def test_torch_hub_in_a_clean_process(zoo: Zoo, tmp_path: Path) -> None:
-    """It loads the stored numbers, and after a byte more is in the file it does not."""
+@pytest.mark.parametrize(
+    ("place", "root"), [("package", "kn_zoo/pretrained"), ("repository", "checkpoints")]
+)
+def test_torch_hub_in_a_clean_process(zoo: Zoo, tmp_path: Path, place: str, root: str) -> None:
+    """It loads the stored numbers, and refuses the file once it has another byte."""
     checkout, out = tmp_path / "checkout", tmp_path / "out.pth"
-    tiny_zoo.copy_package(checkout, [zoo.weight])
-    folder = checkout / "kn_zoo" / "pretrained" / NAME
-    shutil.copytree(zoo.weight.folder, folder)
+    tiny_zoo.copy_package(checkout, [tiny_zoo.replace(zoo.checkpoint, bundle=place)])
+    folder = checkout / root / NAME
+    shutil.copytree(zoo.checkpoint.folder, folder)
     arguments = [checkout, ARCHITECTURE, "tiny", folder / manifest.WEIGHTS_FILE, out]
     command = [sys.executable, "-c", TORCH_HUB, *map(str, arguments)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -50,7 +53,7 @@ def test_torch_hub_in_a_clean_process(zoo: Zoo, tmp_path: Path) -> None:
 
 @pytest.fixture
 def github(tmp_path: Path) -> Iterator[str]:
-    """The checkout as torch.hub keeps a repository that it has downloaded."""
+    """The checkout in torch.hub's cache, as a downloaded repository."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(tmp_path))
     (tmp_path / "owner_kn-zoo_main").symlink_to(tiny_zoo.ROOT)
@@ -69,10 +72,10 @@ def test_torch_hub_lists_and_describes_every_model(github: str) -> None:
     for name in ours:
         text = torch.hub.help(github, name, trust_repo=True)
         assert text.startswith(name)
-        for weight in manifest.load().values():
-            accuracy = next(iter(weight.reported.statistics.values()))
-            mentioned = re.search(f"{weight.tag}: .* {accuracy.top1:.2f} ", text) is not None
-            assert mentioned == (weight.architecture == name)
+        for checkpoint in manifest.load().values():
+            accuracy = next(iter(checkpoint.reported.statistics.values()))
+            mentioned = re.search(f"{checkpoint.tag}: .* {accuracy.top1:.2f} ", text) is not None
+            assert mentioned == (checkpoint.architecture == name)
 
 
 def test_torch_hub_hands_arguments_to_timm(github: str) -> None:

@@ -1,12 +1,10 @@
-"""The authors' checkpoints: imported as they are, and nothing else is, whatever a pickle tries."""
+"""The import of the authors' checkpoints, which refuses every other and every hostile file."""
 
 import argparse
-import collections
 import io
 import json
 import os
 import pickle
-import re
 import time
 import warnings
 import zipfile
@@ -28,43 +26,15 @@ from kn_zoo.checkpoints.manifest import WEIGHTS_FILE, Checkpoint
 from kn_zoo.checkpoints.upstream import PIN, UnpinnedWeights, convert
 from tests.conftest import Peak
 from tests.support import loopback
+from tests.support.authors import published_name, saved_checkpoint
 from tests.support.loopback import Drive, Fault
 
 NAME, ID = "knresnet18.upstream_in1k", "1oU4IGxErW4l-oqY6vn8V1DL0dBMt1KUO"
-BLOCKS = (2, 2, 1, 1)
-
-
-def published_name(key: str) -> str:
-    """A tensor's name in the authors' code, where blocks are numbered through all stages."""
-    key = re.sub(r"^stem\.", "block0.0.", key)
-    key = re.sub(r"^stages\.(\d)\.downsample\.", r"trans_block\1.", key)
-    number = lambda m: f"res_block{sum(BLOCKS[: int(m[1])]) + int(m[2]) + 1}."  # noqa: E731
-    key = re.sub(r"^stages\.(\d)\.blocks\.(\d)\.", number, key)
-    return re.sub(r"^head\.fc\.", "fc.", re.sub(r"^neck\.", "conv_block_f.", key))
 
 
 def network(seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     return timm.create_model("knresnet18")
-
-
-def checkpoint(model: torch.nn.Module, **more: Any) -> bytes:
-    """As the authors' trainer saves it."""
-    published = {published_name(key): value for key, value in model.state_dict().items()}
-    momentum = [{"momentum_buffer": torch.zeros(7)}]
-    file = io.BytesIO()
-    torch.save(
-        {
-            "model": collections.OrderedDict(published),
-            "optimizer": {"state": momentum, "param_groups": [{"lr": 1e-4, "nesterov": False}]},
-            "lr_scheduler": {"step_size": 30, "last_epoch": 100},
-            "epoch": 99,
-            "args": argparse.Namespace(model="knresnet18", batch_size=32, device="cuda", gpu=0),
-            **more,
-        },
-        file,
-    )
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +44,29 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def published(model: torch.nn.Module) -> bytes:
-    return checkpoint(model)
+    return saved_checkpoint(model)
 
 
 @pytest.fixture(autouse=True)
-def weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KN_ZOO_WEIGHTS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    found = manifest.find(NAME)
-    return found if found.file is None else pytest.skip("the project has pinned it by now")
+    entry = manifest.find(NAME)
+    return entry if entry.file is None else pytest.skip("the project has pinned it by now")
 
 
 @pytest.fixture
 def drive(published: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drive]:
-    """Google Drive, as far as the downloader can see, whose pages come from this machine."""
+    """Redirect the downloader's requests for Google Drive to the loopback interface."""
     server = Drive({ID: published})
 
     class Rerouted(requests.adapters.HTTPAdapter):
-        def send(self, request: Any, **options: Any) -> Any:
+        def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
             url = urlsplit(request.url)
             assert url.scheme == "https" and url.netloc.endswith(".google.com")
             request.url = f"{server.endpoint}{url.path}?{url.query}"
-            response = super().send(request, **options)
+            response = super().send(request, *arguments, **options)
             response.url = url.geturl()
             return response
 
@@ -105,9 +75,9 @@ def drive(published: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drive]:
     server.stop()
 
 
-def same(found: torch.nn.Module, model: torch.nn.Module) -> bool:
-    wanted = model.state_dict()
-    return all(torch.equal(x, wanted[key]) for key, x in found.state_dict().items())
+def same(loaded: torch.nn.Module, model: torch.nn.Module) -> bool:
+    expected = model.state_dict()
+    return all(torch.equal(x, expected[key]) for key, x in loaded.state_dict().items())
 
 
 def load(name: str = "knresnet18") -> torch.nn.Module:
@@ -129,21 +99,21 @@ def test_every_tensor_of_the_authors_has_its_place(upstream: Path, size: int) ->
     with np.load(upstream / f"knresnet{size}.npz") as numbers:
         shapes = json.loads(str(numbers["state_dict"]))
     published = {key: torch.zeros(shape) for key, shape in shapes}
-    weight = manifest.find(f"knresnet{size}.upstream_in1k")
-    found = convert(weight, published)
-    assert sum(x.numel() for x in found.values()) == weight.parameters
+    checkpoint = manifest.find(f"knresnet{size}.upstream_in1k")
+    converted = convert(checkpoint, published)
+    assert sum(x.numel() for x in converted.values()) == checkpoint.parameters
 
 
 @pytest.mark.parametrize("asks", [True, False])
 def test_the_first_use_downloads_checks_and_pins(
-    weight: Checkpoint, model: torch.nn.Module, drive: Drive, asks: bool
+    checkpoint: Checkpoint, model: torch.nn.Module, drive: Drive, asks: bool
 ) -> None:
     drive.asks = asks
     with pytest.warns(UnpinnedWeights, match="not yet pinned by the project"):
         assert same(load(), model)
     assert drive.count("GET", "confirm=t") == int(asks)
     asked = len(drive.requests)
-    folder = upstream.folder(weight)
+    folder = upstream.folder(checkpoint)
     assert files(folder) == {WEIGHTS_FILE, PIN}
     drive.stop()
     with warnings.catch_warnings():
@@ -155,13 +125,13 @@ def test_the_first_use_downloads_checks_and_pins(
 
 
 def test_another_file_is_refused_later(
-    weight: Checkpoint, model: torch.nn.Module, published: bytes, drive: Drive
+    checkpoint: Checkpoint, model: torch.nn.Module, published: bytes, drive: Drive
 ) -> None:
     with pytest.warns(UnpinnedWeights):
         load()
-    converted = upstream.folder(weight) / WEIGHTS_FILE
+    converted = upstream.folder(checkpoint) / WEIGHTS_FILE
     right = converted.read_bytes()
-    drive.files[ID] = checkpoint(network(seed=1))
+    drive.files[ID] = saved_checkpoint(network(seed=1))
     converted.unlink()
     with pytest.raises(loading.CorruptWeights, match=r"this machine .* has pinned"):
         load()
@@ -176,48 +146,48 @@ def test_another_file_is_refused_later(
 
 
 def test_the_projects_hash_wins(
-    weight: Checkpoint, published: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, published: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "hand.pth"
     path.write_bytes(published)
     with pytest.warns(UnpinnedWeights):
-        file = upstream.import_checkpoint(weight, path)
+        file = upstream.import_checkpoint(checkpoint, path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert upstream.import_checkpoint(replace(weight, file=file), path) == file
-    other = replace(weight, file=replace(file, sha256="0" * 64))
+        assert upstream.import_checkpoint(replace(checkpoint, file=file), path) == file
+    other = replace(checkpoint, file=replace(file, sha256="0" * 64))
     with pytest.raises(loading.CorruptWeights, match="the project has pinned"):
         upstream.import_checkpoint(other, path)
 
 
 def test_what_drive_may_answer(
-    weight: Checkpoint, published: bytes, drive: Drive, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, published: bytes, drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is an error of one line that tells the way by hand; nothing is kept of it."""
+    """Each answer is an error of one line with the manual way; no file of it is kept."""
     wrong: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         ("quota", lambda: setattr(drive, "quota", True), loading.MissingWeights, "Too many users"),
         ("gone", lambda: drive.files.clear(), loading.MissingWeights, "404|link of the file"),
         ("truncated", lambda: drive.files.update({ID: published[:9999]}), loading.CorruptWeights,
-         "not a file that torch.save writes"),
+         "not a file written by torch.save"),
         ("page", lambda: drive.files.update({ID: loopback.HTML}), loading.CorruptWeights,
-         "not a file that torch.save writes"),
+         "not a file written by torch.save"),
         ("cut", lambda: drive.faults.append(Fault("GET", "confirm", loopback.cut(0.5), 9)),
          loading.WeightsError, "incomplete|IncompleteRead|not a file"),
         ("error", lambda: drive.faults.append(Fault("GET", "/", loopback.status(503), 9)),
          loading.MissingWeights, "could not be downloaded"),
         ("dead", drive.stop, loading.MissingWeights, "could not be downloaded"),
     ]  # fmt: skip
-    for what, happens, error, said in wrong:
+    for what, happens, error, text in wrong:
         drive.files[ID], drive.quota = published, False
         drive.faults.clear()
         happens()
-        with pytest.raises(error, match=said) as caught:
+        with pytest.raises(error, match=text) as caught:
             load()
         message = str(caught.value)
         assert "\n" not in message, what
         if isinstance(caught.value, loading.MissingWeights):
             assert f"kn-zoo import {NAME} FILE" in message and f"/d/{ID}/" in message, what
-        assert files(upstream.folder(weight)) == set(), what
+        assert files(upstream.folder(checkpoint)) == set(), what
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(loading.MissingWeights, match=r"Unset HF_HUB_OFFLINE.*kn-zoo import"):
         load()
@@ -230,7 +200,7 @@ def test_by_hand(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`kn-zoo import`, then a directory for a machine that has neither network nor pin."""
+    """`kn-zoo import`, then a directory for a machine without network and pin."""
     path, place = tmp_path / "knresnet18_imagenet.pth", tmp_path / "usb stick"
     path.write_bytes(published)
     assert cli.run(cli.app, ["import", "knresnet18", str(path)]) == 0
@@ -240,17 +210,19 @@ def test_by_hand(
     monkeypatch.setenv("KN_ZOO_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("KN_ZOO_WEIGHTS", str(place))
     assert same(load(), model)
-    assert cli.run(cli.app, ["verify", str(place)]) == 0
+    assert cli.run(cli.app, ["check", str(place)]) == 0
     stored = place / NAME / WEIGHTS_FILE
     stored.write_bytes(stored.read_bytes()[:-1] + b"!")
-    assert cli.run(cli.app, ["verify", str(place)]) == 1
-    with pytest.raises(loading.CorruptWeights, match="kn-zoo verify"):
+    assert cli.run(cli.app, ["check", str(place)]) == 1
+    with pytest.raises(loading.CorruptWeights, match="kn-zoo check"):
         load()
 
 
-def test_another_networks_tensors_are_refused(weight: Checkpoint, model: torch.nn.Module) -> None:
+def test_another_networks_tensors_are_refused(
+    checkpoint: Checkpoint, model: torch.nn.Module
+) -> None:
     right = {published_name(key): value for key, value in model.state_dict().items()}
-    assert convert(weight, right).keys() == model.state_dict().keys()
+    assert convert(checkpoint, right).keys() == model.state_dict().keys()
     key = "res_block3.conv1.weight"
     assert key in right
     wrong = {
@@ -267,7 +239,7 @@ def test_another_networks_tensors_are_refused(weight: Checkpoint, model: torch.n
     }
     for what, tensors in wrong.items():
         with pytest.raises(loading.CorruptWeights, match="Not the weights of") as caught:
-            convert(weight, tensors)
+            convert(checkpoint, tensors)
         assert "\n" not in str(caught.value), what
 
 
@@ -275,7 +247,7 @@ def test_another_networks_tensors_are_refused(weight: Checkpoint, model: torch.n
 
 
 class Calls:
-    """Unpickling it calls a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
@@ -284,14 +256,14 @@ class Calls:
         return self.call
 
 
-def saved(found: Any) -> bytes:
+def saved(document: Any) -> bytes:
     file = io.BytesIO()
-    torch.save(found, file)
+    torch.save(document, file)
     return file.getvalue()
 
 
 def with_pickle(instructions: bytes, name: str = "archive/data.pkl", **options: Any) -> bytes:
-    """An archive as torch.save writes it around other instructions."""
+    """Return an archive as torch.save writes it, with other pickle instructions."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", **options) as archive:
         archive.writestr(name, instructions)
@@ -370,9 +342,9 @@ def bombs(tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_hostile_checkpoints_are_refused(
-    weight: Checkpoint, tmp_path: Path, tell: Callable[[str], None]
+    checkpoint: Checkpoint, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    """In one line, with nothing run and nothing kept."""
+    """Each is an error of one line; no code is run and no file is kept."""
     hostile = bombs(tmp_path)
     path, slowest = tmp_path / "hostile.pth", 0.0
     peak = Peak()
@@ -380,11 +352,11 @@ def test_hostile_checkpoints_are_refused(
         path.write_bytes(data)
         start = time.process_time()
         with pytest.raises(loading.CorruptWeights) as caught:
-            upstream.import_checkpoint(weight, path)
+            upstream.import_checkpoint(checkpoint, path)
         slowest = max(slowest, time.process_time() - start)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000, what
         assert not (tmp_path / "ran").exists(), what
-        assert files(upstream.folder(weight)) == set(), what
+        assert files(upstream.folder(checkpoint)) == set(), what
     assert peak.grown < 500
     tell(
         f"{len(hostile)} hostile checkpoints: all refused, nothing run; the slowest took "

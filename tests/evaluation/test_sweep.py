@@ -18,8 +18,8 @@ from kn_zoo.checkpoints import bundle, manifest, predictions, upstream
 from kn_zoo.checkpoints.manifest import Accuracy, Checkpoint
 from kn_zoo.evaluation import classification, imported
 from kn_zoo.evaluation import predict as evaluate
-from tests.checkpoints.test_upstream import checkpoint as pickled
 from tests.evaluation.test_verify import results, run
+from tests.support.authors import saved_checkpoint as pickled
 
 NAME, SIDE, IMAGES = "knresnet18.upstream_in1k", 96, 12
 

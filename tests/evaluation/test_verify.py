@@ -334,7 +334,7 @@ def test_fewer_images_than_reported_are_no_verdict(
 
 def test_an_unavailable_checkpoint_is_skipped_with_a_hint(zoo: Path) -> None:
     checkpoint = replace(
-        manifest.find(NAME), name=f"{ARCHITECTURE}.future", file=None, bundle=False
+        manifest.find(NAME), name=f"{ARCHITECTURE}.future", file=None, bundle=None
     )
     manifest.write_entry(checkpoint)
     status, found = results(zoo, "--all")

@@ -16,9 +16,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import kn_zoo
-from kn_zoo.layers import KernelNorm1d, KernelNorm2d, KNConv2d, set_inference_statistics
-from kn_zoo.layers import functional
-from kn_zoo.layers.eager.custom_ops import channel_moments, compiled_moments
+from kn_zoo.layers import KernelNorm1d, KernelNorm2d, KNConv2d, functional, set_inference_statistics
+from kn_zoo.layers.eager.custom_ops import channel_moments
 from kn_zoo.layers.functional import Window, unit_statistics
 from kn_zoo.layers.reference import ReferenceKNConv2d
 

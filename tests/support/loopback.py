@@ -1,7 +1,7 @@
-"""A Hugging Face Hub on this machine: its client uploads to it, and downloads what it uploaded.
+"""A Hugging Face Hub and a Google Drive on the loopback interface, with injected faults.
 
-It keeps repositories in memory, with commits and tags, regular and large files (LFS), speaks of
-the wire protocol what the client uses, and breaks on demand. `Drive` plays Google Drive as well.
+The Hub keeps repositories in memory, with commits, tags, regular and large files (LFS). It
+implements the part of the protocol that the Hub's client uses.
 """
 
 import base64
@@ -56,7 +56,7 @@ def dict_of(commits: list[tuple[str, dict[str, bytes]]]) -> dict[str, Any]:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of a method whose path holds a text."""
+    """Act on the next `times` requests with a method and a text in their path."""
 
     method: str
     path: str
@@ -65,7 +65,7 @@ class Fault:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers on 127.0.0.1 in a thread of its own until `stop`."""
+    """Answer on 127.0.0.1 in a thread until `stop`."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -95,14 +95,14 @@ class Server(ThreadingHTTPServer):
         return None
 
     def stop(self) -> None:
-        """From here on connections are refused."""
+        """Refuse connections from now on."""
         if self.thread.is_alive():
             self.shutdown()
             self.server_close()
             self.thread.join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news."""
+        """Ignore clients that disconnect."""
 
 
 class Request(BaseHTTPRequestHandler):
@@ -114,12 +114,12 @@ class Request(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def answer(self, data: bytes, status: int = 200, **headers: str) -> None:
-        """Send a response, or what a fault makes of it."""
+        """Send a response, unless a fault replaces it."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if status == 200 and "Accept-Ranges" in headers:
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            if wanted and int(wanted[1]) < len(data):
-                start, whole = int(wanted[1]), len(data)
+            requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if requested and int(requested[1]) < len(data):
+                start, whole = int(requested[1]), len(data)
                 self.server.resumed += start > 0
                 data, status = data[start:], 206
                 headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
@@ -168,7 +168,7 @@ class Request(BaseHTTPRequestHandler):
 
 
 class Hub(Server):
-    """As much of the Hugging Face Hub as its client asks for."""
+    """The part of the Hugging Face Hub that its client uses."""
 
     def __init__(self, token: str | None = None):
         self.repositories: dict[str, Repository] = {}
@@ -177,7 +177,7 @@ class Hub(Server):
         super().__init__(HubRequest)
 
     def put(self, name: str, files: dict[str, bytes]) -> str:
-        """A commit made without the client; its hash."""
+        """Commit files without the client; return the hash."""
         return self.repositories.setdefault(name, Repository()).commit(files)
 
 
@@ -228,7 +228,7 @@ class HubRequest(Request):
         self.json({"url": f"{self.server.endpoint}/{name}"})
 
     def validate(self, card: str) -> None:
-        """Front matter: YAML with a licence, and results that the client's own parser takes."""
+        """Check the front matter: a licence, and results that the client can parse."""
         try:
             front = yaml.safe_load(card.split("---\n")[1])
             if (
@@ -278,16 +278,16 @@ class HubRequest(Request):
 
     @staticmethod
     def entry(name: str, data: bytes) -> dict[str, Any]:
-        found = {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
+        entry = {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
         if is_large(name):
-            found["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
-        return found
+            entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
+        return entry
 
     def batch(self, objects: list[dict[str, Any]]) -> None:
-        for found in objects:
-            if found["oid"] not in self.server.large:
-                place = f"http://localhost:{self.server.server_port}/large/{found['oid']}"
-                found["actions"] = {"upload": {"href": place}}
+        for item in objects:
+            if item["oid"] not in self.server.large:
+                place = f"http://localhost:{self.server.server_port}/large/{item['oid']}"
+                item["actions"] = {"upload": {"href": place}}
         self.json({"transfer": "basic", "objects": objects})
 
     def commit(self, repository: Repository, name: str, lines: list[dict[str, Any]]) -> None:
@@ -313,23 +313,23 @@ class HubRequest(Request):
                 for tag, oid in repository.tags.items()
             ]
             return self.json({"branches": [], "converts": [], "tags": tags})
-        found = repository.at((rest or "/revision/main").removeprefix("/revision/"))
-        if found is None:
+        commit = repository.at((rest or "/revision/main").removeprefix("/revision/"))
+        if commit is None:
             return self.refuse(404, "Invalid rev id", "RevisionNotFound")
-        siblings = [{"rfilename": name} for name in found[1]]
+        siblings = [{"rfilename": name} for name in commit[1]]
         private = repository.private
-        self.json({"id": name, "sha": found[0], "private": private, "siblings": siblings})
+        self.json({"id": name, "sha": commit[0], "private": private, "siblings": siblings})
 
     def resolve(
         self, repository: Repository, data: bytes, name: str, revision: str, file: str
     ) -> None:
-        found = repository.at(revision)
-        if found is None:
+        commit = repository.at(revision)
+        if commit is None:
             return self.refuse(404, "Invalid rev id", "RevisionNotFound")
-        if file not in found[1]:
+        if file not in commit[1]:
             return self.refuse(404, "Entry not found", "EntryNotFound")
-        content = found[1][file]
-        headers = {"X-Repo-Commit": found[0], "Accept-Ranges": "bytes"}
+        content = commit[1][file]
+        headers: dict[str, Any] = {"X-Repo-Commit": commit[0], "Accept-Ranges": "bytes"}
         if not is_large(file):
             return self.answer(content, ETag=f'"{git_hash(content)}"', **headers)
         self.server.large[sha256(content)] = content
@@ -351,7 +351,7 @@ class HubRequest(Request):
         self.send(200, b"", {})
 
 
-# What can go wrong with an answer
+# Faults
 
 
 def status(code: int, **headers: str) -> Callable[..., None]:
@@ -360,7 +360,7 @@ def status(code: int, **headers: str) -> Callable[..., None]:
 
 
 def cut(part: float) -> Callable[..., None]:
-    """The connection breaks after a part of the body."""
+    """Close the connection after a part of the body."""
 
     def act(request: Request, data: bytes, headers: dict[str, str]) -> None:
         request.send(200, data[: int(part * len(data))], headers, length=len(data))
@@ -369,13 +369,13 @@ def cut(part: float) -> Callable[..., None]:
 
 
 def replaced(change: Callable[[bytes], bytes], **headers: str) -> Callable[..., None]:
-    """Another body, sent as if it were whole."""
+    """Send another body with a matching length."""
     more = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda request, data, sent: request.send(200, change(data), {**sent, **more})
 
 
 def head(without: str = "", **headers: str) -> Callable[..., None]:
-    """Other headers on the answer that tells where a large file is."""
+    """Change the headers of the redirect to a large file."""
     more = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def act(request: Request, data: bytes, sent: dict[str, str]) -> None:
@@ -386,12 +386,12 @@ def head(without: str = "", **headers: str) -> Callable[..., None]:
 
 
 def html(request: Request, data: bytes, headers: dict[str, str]) -> None:
-    """The page of a hotel's network, instead of anything."""
+    """Send the login page of a captive portal instead."""
     request.send(200, HTML, {"Content-Type": "text/html"})
 
 
 def trickle(pieces: int, seconds: float) -> Callable[..., None]:
-    """The right body, in pieces with a pause between."""
+    """Send the right body in pieces, with pauses."""
 
     def act(request: Request, data: bytes, headers: dict[str, str]) -> None:
         size = -(-len(data) // pieces)
@@ -405,7 +405,7 @@ def trickle(pieces: int, seconds: float) -> Callable[..., None]:
 
 
 def stall(part: float, until: threading.Event) -> Callable[..., None]:
-    """Nothing comes after a part of the body until an event, then the connection breaks."""
+    """Stall after a part of the body until an event, then close the connection."""
 
     def act(request: Request, data: bytes, headers: dict[str, str]) -> None:
         request.send(200, data[: int(part * len(data))], headers, length=len(data))
@@ -416,7 +416,7 @@ def stall(part: float, until: threading.Event) -> Callable[..., None]:
 
 
 class Drive(Server):
-    """Google Drive: a file by its id, behind a page that asks whether one is sure, or a quota's."""
+    """Google Drive: files by their ids, its confirmation page and its quota page."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files

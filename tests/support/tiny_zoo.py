@@ -1,4 +1,4 @@
-"""A zoo of one real, untrained weight in a temporary folder: to be loaded, damaged, published."""
+"""A zoo of one real, untrained checkpoint in a temporary folder, for tests."""
 
 import json
 import os
@@ -28,8 +28,8 @@ CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def draft(name: str = NAME, **changes: Any) -> Checkpoint:
-    """What a training run knows about its weight."""
-    weight = Checkpoint(
+    """Return the entry of a checkpoint before its bundle is written."""
+    checkpoint = Checkpoint(
         name=name,
         model_args={"dropout_p": 0.125},
         dataset=manifest.Dataset("digits", "test", 12, 10),
@@ -38,8 +38,10 @@ def draft(name: str = NAME, **changes: Any) -> Checkpoint:
         licenses=manifest.Licenses("MIT", "MIT", "CC-BY-4.0"),
         recipe="train_scripts/recipes/tiny.yaml",
         seeds=(3, 4),
+        parameters=1,
+        flops=1,
     )
-    return replace(weight, **changes)
+    return replace(checkpoint, **changes)
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -47,47 +49,49 @@ def network(seed: int = 0) -> nn.Module:
     return timm.create_model(ARCHITECTURE, num_classes=10, in_chans=1, dropout_p=0.125)
 
 
-def write(model: nn.Module, weight: Checkpoint, log: Path, **changes: Any) -> Checkpoint:
-    """`bundle.write` with plausible rest."""
+def write(model: nn.Module, checkpoint: Checkpoint, log: Path, **changes: Any) -> Checkpoint:
+    """Call `bundle.write` with plausible other arguments."""
     log.write_text("epoch,loss\n0,2.5\n1,2.25\n", encoding="utf-8")
     random = np.random.RandomState(0)
     logits = -np.sort(-random.standard_normal((12, 5)), axis=1)
     indices = np.array([random.permutation(10)[:5] for _ in range(12)])
     predictions = SimpleNamespace(indices=indices, logits=logits, targets=indices[:, 2])
-    rest: dict[str, Any] = {
-        "recipe": {"model": weight.architecture, "lr": 0.1},
+    arguments: dict[str, Any] = {
+        "recipe": {"model": checkpoint.architecture, "lr": 0.1},
         "log": log,
         "predictions": predictions,
         "class_names": CLASSES,
     }
-    return bundle.write(model, weight, **{**rest, **changes})
+    return bundle.write(model, checkpoint, **{**arguments, **changes})
 
 
 @dataclass(frozen=True)
 class Zoo:
-    weight: Checkpoint
-    model: nn.Module  # whose numbers the weight's file holds
+    checkpoint: Checkpoint
+    model: nn.Module  # whose numbers the weights file contains
 
     @property
     def file(self) -> Path:
-        return self.weight.folder / manifest.WEIGHTS_FILE
+        return self.checkpoint.folder / manifest.WEIGHTS_FILE
 
     def same(self, model: nn.Module) -> bool:
-        """Whether a model's parameters are exactly those that were stored."""
-        found, stored = model.state_dict(), self.model.state_dict()
-        return found.keys() == stored.keys() and all(
-            found[key].dtype == torch.float32 and torch.equal(found[key], stored[key])
+        """Return whether the parameters of a model are exactly the stored ones."""
+        loaded, stored = model.state_dict(), self.model.state_dict()
+        return loaded.keys() == stored.keys() and all(
+            loaded[key].dtype == torch.float32 and torch.equal(loaded[key], stored[key])
             for key in stored
         )
 
 
-def make(folder: Path, monkeypatch: pytest.MonkeyPatch, weight: Checkpoint | None = None) -> Zoo:
-    """Put the package's manifest and bundles into `folder`, with one weight stored as float16."""
+def make(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint | None = None
+) -> Zoo:
+    """Put the manifest and the bundles into `folder`, with one checkpoint stored as float16."""
     folder.mkdir(exist_ok=True)
     empty_manifest(folder, monkeypatch)
     model = network()
     bundle.round_weights(model, torch.float16)
-    written = write(model, weight or draft(), folder / "log.csv", dtype=torch.float16)
+    written = write(model, checkpoint or draft(), folder / "log.csv", dtype=torch.float16)
     register(monkeypatch)
     return Zoo(written, model)
 
@@ -95,11 +99,12 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, weight: Checkpoint | Non
 def empty_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "PATH", folder / "weights_manifest.json")
     monkeypatch.setattr(manifest, "PRETRAINED", folder / "pretrained")
-    manifest.PATH.write_text('{"namespace": "owner", "weights": []}', encoding="utf-8")
+    monkeypatch.setattr(manifest, "REPOSITORY", folder / "checkpoints")
+    manifest.PATH.write_text('{"namespace": "owner", "checkpoints": []}', encoding="utf-8")
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What importing kn_zoo does: timm learns of the weights in the manifest."""
+    """Register the checkpoints of the manifest with timm, as importing kn_zoo does."""
     registered = _registry._model_pretrained_cfgs
     shared = registered[ARCHITECTURE]
     names = {key: getattr(shared, key) for key in ("first_conv", "classifier")}
@@ -111,15 +116,18 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(registered, architecture, ready)
 
 
-def copy_package(folder: Path, weights: list[Checkpoint]) -> Path:
-    """A checkout of its own with just these weights in its manifest and no bundle."""
+def copy_package(folder: Path, checkpoints: list[Checkpoint]) -> Path:
+    """Make a checkout with these checkpoints in its manifest and without bundles."""
     ignore = shutil.ignore_patterns("__pycache__", "pretrained")
     shutil.copytree(Path(kn_zoo.__file__).parent, folder / "kn_zoo", ignore=ignore)
     shutil.copy(ROOT / "hubconf.py", folder)
     for name in ("eval/verify.py", "train_scripts/push_to_hub.py"):
         (folder / name).parent.mkdir()
         shutil.copy(ROOT / name, folder / name)
-    document = {"namespace": "owner", "weights": [weight.to_json() for weight in weights]}
+    document = {
+        "namespace": "owner",
+        "checkpoints": [checkpoint.to_json() for checkpoint in checkpoints],
+    }
     (folder / "weights_manifest.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
 
@@ -144,7 +152,7 @@ for line in sys.stdin:
 
 
 class Child:
-    """Another process that loads models by name from a package in `folder`."""
+    """Another process that loads models by name from the package in `folder`."""
 
     def __init__(self, folder: Path, **environment: str):
         path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -158,12 +166,12 @@ class Child:
         )
 
     def load(self, name: str, **options: Any) -> dict[str, str]:
-        """SHA-256 of the model's numbers, or the error and its message."""
+        """Return the SHA-256 of the model's numbers, or the error and its message."""
         self.ask(name, **options)
         return self.answer()
 
     def ask(self, name: str, **options: Any) -> None:
-        """As `load`, without waiting for the `answer`."""
+        """Start to load a model; `answer` waits for it."""
         assert self.process.stdin
         print(json.dumps([name, options]), file=self.process.stdin, flush=True)
 

@@ -52,9 +52,7 @@ class _KNConv2d(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if s.dropout_p > 0.0 else 0
         x = dense_layout(x)
         mean, var = masked_moments(x, s.dropout_p, ctx.seed)
-        mu, var, rstd = unit_statistics(
-            mean, var, s.window, x.shape[1], s.expected_p, s.eps
-        )
+        mu, var, rstd = unit_statistics(mean, var, s.window, x.shape[1], s.expected_p, s.eps)
         if s.shift_input:
             ctx.shift = _shift_if_needed(mean, mu, var)
         image, filters, (stride, padding, dilation, *_, groups) = _conv_arguments(ctx, x, weight)
