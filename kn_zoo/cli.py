@@ -176,6 +176,11 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.2f} %"
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
         facts[statistics] = f"top-1 {accuracy.top1:.2f} %{top5}{draws}"
+    if privacy := checkpoint.privacy:
+        facts["privacy"] = (
+            f"epsilon {privacy.epsilon:.4f} (Rényi: {privacy.epsilon_rdp:.4f}), delta "
+            f"{privacy.delta:g}, for {privacy.unit}"
+        )
     facts |= {
         "parameters": f"{checkpoint.parameters:,}",
         "FLOPs": f"{checkpoint.flops:,} (one image)",

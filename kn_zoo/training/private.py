@@ -1,16 +1,22 @@
-"""Differentially private training of a recipe with a `privacy` section, by Opacus' DP-SGD.
+"""Differentially private training of a recipe with a `privacy` section, by DP-SGD.
 
-Poisson sampling, clipping and accounting are Opacus'. The noise is made from the operating system's
-random bytes, and the operating system seeds the sampling; the recipe's `seed` decides the initial
-weights alone. What readers of the published files must not learn is neither logged nor bundled:
-training losses, gradient norms, sizes of batches, states of generators. The training state in the
-run folder holds weights and the optimizer and stays on the private machine.
+Per-sample gradients, clipping and accounting are Opacus'. The guarantee rests on two random choices,
+the images of each step and the noise. Both are made from the operating system's random bytes, so
+that no seed exists that could leak; the recipe's `seed` determines the initial weights only.
+
+Losses, norms of gradients and sizes of batches are not covered by the guarantee: they are neither
+logged nor published. The training state holds what the guarantee covers (weights, their average, the
+optimizer), contains no generator, and is readable by its owner only.
 """
 
 import io
+import math
 import os
+import pickle
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,28 +25,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from opacus import PrivacyEngine
-from opacus.accountants import create_accountant
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from opacus import GradSampleModule
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
-from opacus.optimizers.optimizer import _mark_as_processed
-from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.utils.batch_memory_manager import BatchSplittingSampler
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from opacus.validators import ModuleValidator
+from opacus.validators.errors import UnsupportedModuleError
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
 
-import kn_zoo.privacy  # registers the layers with Opacus
-from kn_zoo.checkpoints.files import write_bytes
+from kn_zoo import privacy  # registers the layers with Opacus
+from kn_zoo.checkpoints.files import first_line, write_bytes
 from kn_zoo.checkpoints.manifest import Privacy
 from kn_zoo.checkpoints.predictions import Predictions
+from kn_zoo.evaluation.accounting import spent_epsilon
 from kn_zoo.evaluation.predict import eval_transform, predict
-from kn_zoo.training import data
+from kn_zoo.training import data, report
 from kn_zoo.training.batches import DeviceBatches, Shard
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import PrivacyConfig, Recipe, UserError, recipe_settings
+from kn_zoo.training.resume import prepare_run_dir
 from kn_zoo.training.trainer import (
     LOG,
     Interrupted,
@@ -48,86 +57,119 @@ from kn_zoo.training.trainer import (
     console,
     create_model,
     defer_signals,
+    memory_format,
+    progress_bar,
     write_csv,
 )
 
-ACCOUNTANT, SECOND_ACCOUNTANT = "prv", "rdp"
 STATE = "private_state.pt"
 
 
+def train_private(
+    recipe: Recipe,
+    recipe_path: Path,
+    folder: Path,
+    data_config: DataConfig,
+    run_config: RunConfig,
+    in_package: bool,
+) -> None:
+    """Train a private recipe once, evaluate it, and write its bundle with its guarantee."""
+    check_recipe(recipe)
+    prepare_run_dir(folder, recipe)
+    trainer = PrivateTrainer(recipe, folder, data_config, run_config)
+    trainer.train()
+    dtype, predictions = report.write_result(trainer)
+    runs, target = [report.read_result(folder)], None if in_package else folder / "bundle"
+    guarantee = trainer.guarantee()
+    report.write_bundle(trainer, recipe_path, runs, dtype, predictions, target, guarantee)
+
+
+class PoissonSampler(UniformWithReplacementSampler):
+    """Opacus' Poisson sampling, with the operating system's random bytes."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield np.flatnonzero(system_uniform(self.num_samples) < self.sample_rate).tolist()
+
+
 class SystemNoiseOptimizer(DPOptimizer):
-    """Opacus' optimizer with Gaussian noise from the operating system's random bytes."""
+    """Opacus' optimizer, with Gaussian noise from the operating system's random bytes."""
 
     def add_noise(self) -> None:
         std = self.noise_multiplier * self.max_grad_norm
         for p in self.params:
-            noise = std * system_normal(p.summed_grad.numel()).to(p.summed_grad)
-            p.grad = (p.summed_grad.flatten() + noise).view_as(p)
-            _mark_as_processed(p.summed_grad)
+            noise = std * system_normal(p.numel()).view_as(p)
+            p.grad = p.summed_grad.view_as(p) + noise.to(p)
+
+
+def system_uniform(count: int) -> np.ndarray:
+    """Return `count` float64 numbers, uniform in (0, 1], from `os.urandom`."""
+    bits = np.frombuffer(os.urandom(8 * count), np.uint64) >> np.uint64(11)
+    return (bits + 0.5) * 2.0**-53
 
 
 def system_normal(count: int) -> Tensor:
-    """Return `count` standard normal numbers (float64), by Box and Muller from `os.urandom`."""
-    pairs = -(-count // 2)
-    bits = np.frombuffer(os.urandom(16 * pairs), np.uint64) >> np.uint64(11)
-    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1)
-    radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * np.pi * uniform[pairs:]
-    numbers = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-    return torch.from_numpy(numbers[:count])
+    """Return `count` float64 standard normal numbers from `os.urandom`, by Box and Muller."""
+    uniform = system_uniform(2 * -(-count // 2)).reshape(2, -1)
+    radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * np.pi * uniform[1]
+    return torch.from_numpy(
+        np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    )
 
 
 @dataclass
-class RunProgress:
+class PrivateProgress:
     """Progress of a private run, part of its training state."""
 
-    steps: int = 0  # executed by the optimizer, each with noise
-    seconds: float = 0.0
+    noise_multiplier: float | None = None  # computed once, before the first step
+    steps: int = 0  # taken by the optimizer, each with noise
+    seconds: float = 0.0  # spent in steps
     rows: list[dict[str, float]] = field(default_factory=list)  # log of the finished epochs
 
 
 class PrivateTrainer:
     """The network of a recipe in DP-SGD, resumable in `folder`.
 
-    Raises UserError for settings that void the stated guarantee.
+    A step takes each image with probability batch_size / images, and divides the noisy sum of the
+    clipped gradients by batch_size. An epoch has images / batch_size steps, rounded.
+
+    Raises UserError for settings that would void the guarantee.
     """
 
     def __init__(
         self, recipe: Recipe, folder: Path, data_config: DataConfig, run_config: RunConfig
     ) -> None:
         self.recipe, self.folder, self.run_config = recipe, folder, run_config
-        self.privacy = checked_privacy(recipe)
-        torch.manual_seed(recipe.seed)
+        self.config = check_recipe(recipe)
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        if self.accelerator.num_processes > 1:
+            raise UserError("private training runs in one process: start it without a launcher")
+        set_seed(recipe.seed)
         images = data.load_training(recipe, data_config)
-        self.test_set = data.load(recipe.dataset, recipe.eval_split, data_config)
-        self.class_names = data.class_names(self.test_set, recipe)
-        self.network = create_model(recipe, len(self.class_names)).train()
-        self.test_set.transform = eval_transform(self.network)
-        self.images = DeviceBatches(recipe, images, torch.device("cpu"), Shard())
-        torch.seed()  # augmentation and dropout masks do not follow from the recipe
-        self.progress, self.ema = RunProgress(), None
-        if recipe.ema_decay is not None:
-            warmup = recipe.ema_warmup
-            self.ema = ModelEmaV3(self.network, decay=recipe.ema_decay, use_warmup=warmup)
-        self.evaluated = self.network if self.ema is None else self.ema.module
-        self.images_count = len(images)
+        test_set = data.load(recipe.dataset, recipe.eval_split, data_config)
+        self.class_names = data.class_names(test_set, recipe)
+        self.network = create_model(recipe, len(self.class_names)).to(self.accelerator.device)
+        test_set.transform = eval_transform(self.network)
+        self.test_set = data.InMemory(test_set)
+        self.images = DeviceBatches(recipe, images, self.accelerator.device, Shard())
+        self.count = len(images)
+        if recipe.batch_size > self.count:
+            raise UserError(f"batch_size {recipe.batch_size} exceeds the {self.count} images")
+        self.sample_rate = recipe.batch_size / self.count
+        self.steps_per_epoch = round(self.count / recipe.batch_size)
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.random = np.random.default_rng()  # augmentation; seeded by the operating system
+        torch.seed()  # dropout masks
         self.prepare()
+        self.restore()
 
     def prepare(self) -> None:
-        """Hand network, optimizer and sampling to Opacus; the noise follows from the budget."""
-        recipe, privacy = self.recipe, self.privacy
-        self.steps_per_epoch = self.images_count // recipe.batch_size
-        self.total_steps = recipe.epochs * self.steps_per_epoch
-        self.noise_multiplier = get_noise_multiplier(
-            target_epsilon=privacy.epsilon,
-            target_delta=privacy.delta,
-            sample_rate=1 / self.steps_per_epoch,
-            steps=self.total_steps,
-            accountant=ACCOUNTANT,
-        )
-        sampling = torch.Generator()
-        sampling.seed()  # by the operating system
-        indices = TensorDataset(torch.arange(self.images_count))
-        loader = DataLoader(indices, recipe.batch_size, drop_last=True, generator=sampling)
+        """Create optimizer, schedule and average, and register the network with Opacus."""
+        recipe, self.progress, self.ema = self.recipe, PrivateProgress(), None
+        if recipe.ema_decay is not None:  # a copy, before the network gets Opacus' hooks
+            decay, warmup = recipe.ema_decay, recipe.ema_warmup
+            self.ema = ModelEmaV3(self.network, decay=decay, use_warmup=warmup)
+        self.evaluated = self.network if self.ema is None else self.ema.module
         with recipe_settings("optimizer"):
             optimizer = create_optimizer_v2(self.network, **recipe.optimizer)
         with recipe_settings("scheduler"):
@@ -137,113 +179,103 @@ class PrivateTrainer:
                 updates_per_epoch=self.steps_per_epoch,
                 **({"step_on_epochs": False} | recipe.scheduler),
             )
-        self.engine = PrivacyEngine(accountant=ACCOUNTANT)
-        self.model, self.optimizer, self.loader = self.engine.make_private(
-            module=self.network,
-            optimizer=optimizer,
-            data_loader=loader,
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
+        self.model = with_sample_gradients(self.network.train())
+        self.optimizer = SystemNoiseOptimizer(
+            optimizer,
+            noise_multiplier=math.nan,  # set by `restore`
+            max_grad_norm=self.config.max_grad_norm,
+            expected_batch_size=recipe.batch_size,
         )
-        self.optimizer.__class__ = SystemNoiseOptimizer
-        self.sample_rate = self.loader.sample_rate
-        if self.loader.batch_sampler.steps != self.steps_per_epoch:  # int(1 / (1 / n)) may be n - 1
-            raise UserError(
-                f"batch_size {recipe.batch_size} of {self.images_count} images is sampled "
-                f"{self.loader.batch_sampler.steps} instead of {self.steps_per_epoch} times an "
-                "epoch: choose another batch_size"
-            )
 
     def train(self) -> None:
-        """Resume from the training state, if there is one, and train to the recipe's end.
+        """Train to the recipe's end, and turn the network back into an ordinary one.
 
         Raises Interrupted after a signal or `run_config.minutes`.
         """
-        self.restore()
         self.saved_at = time.monotonic()
-        with progress_bar() as bar, defer_signals() as self.signals:
+        columns = "epsilon {task.fields[epsilon]:.2f}"
+        with progress_bar(columns) as bar, defer_signals() as signals, expected_warnings():
             task = bar.add_task(self.recipe.name, total=self.total_steps, epsilon=0.0)
-            while self.progress.steps < self.total_steps:
-                self.train_steps(lambda: bar.update(task, **self.status()))
+            for step in self.steps():
+                if step % self.steps_per_epoch == 0:
+                    self.end_epoch()
+                bar.update(task, completed=step, epsilon=self.logged_epsilon)
+                self.after_step(signals)
         self.save()
+        self.model.to_standard_module()
+        privacy.restore(self.network)
 
-    def train_steps(self, report: Callable[[], None]) -> None:
-        """Train on one pass of the sampler: as many batches as an epoch has, or what is left."""
-        start = time.perf_counter()
-        with BatchMemoryManager(
-            data_loader=self.loader,
-            max_physical_batch_size=self.privacy.physical_batch_size,
+    def steps(self) -> Iterator[int]:
+        """Take the remaining steps; yields their total number after each."""
+        progress = self.progress
+        sampler = PoissonSampler(
+            num_samples=self.count,
+            sample_rate=self.sample_rate,
+            steps=self.total_steps - progress.steps,
+        )
+        parts = BatchSplittingSampler(
+            sampler=sampler,
+            max_batch_size=self.config.physical_batch_size,
             optimizer=self.optimizer,
-        ) as loader:
-            for (indices,) in loader:
-                self.accumulate(indices)
-                if self.optimizer._is_last_step_skipped:
-                    continue
-                now = time.perf_counter()
-                self.progress.seconds += now - start
-                start = now
-                self.after_step()
-                report()
-                if self.progress.steps == self.total_steps:
-                    return
+        )
+        for indices in parts:
+            start = time.perf_counter()
+            self.accumulate(indices)
+            progress.seconds += time.perf_counter() - start
+            if self.optimizer._is_last_step_skipped:
+                continue
+            progress.steps += 1
+            self.scheduler.step_update(progress.steps)
+            if self.ema is not None:
+                self.ema.update(self.network, progress.steps)
+            yield progress.steps
 
-    def accumulate(self, indices: Tensor) -> None:
-        """Clip and add the gradients of a part of a batch; its last part makes the step."""
-        crops = self.images.draw(np.random.default_rng(), len(indices))  # seeded by the system
-        pixels, targets = self.images.gather(indices.numpy(), *crops)
-        logits = self.model(pixels)
-        # Opacus multiplies by the number of images; a mean over none would be NaN.
-        loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
+    def accumulate(self, indices: Sequence[int]) -> None:
+        """Add the clipped gradients of a part of a batch; after its last part, take the step."""
+        crops = self.images.draw(self.random, len(indices))
+        pixels, targets = self.images.gather(np.asarray(indices, int), *crops)
+        logits = self.model(pixels.to(memory_format=memory_format(self.recipe)))
+        smoothing = self.recipe.label_smoothing
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def after_step(self) -> None:
-        """Advance the schedule and the average, log a finished epoch, save, stop if asked to."""
-        progress = self.progress
-        progress.steps += 1
-        self.scheduler.step_update(progress.steps)
-        if self.ema is not None:
-            self.ema.update(self.network, progress.steps)
-        if progress.steps % self.steps_per_epoch == 0:
-            self.end_epoch()
-        late = time.monotonic() - self.saved_at > 60 * self.run_config.save_minutes
-        stop = bool(self.signals) or self.run_config.time_is_up()
-        if late or stop:
+    def end_epoch(self) -> None:
+        """Evaluate, and append what may be published to the log."""
+        accuracy = self.evaluate(self.test_set)
+        row = {
+            "epoch": self.progress.steps // self.steps_per_epoch,
+            "steps": self.progress.steps,
+            "epsilon": self.spent("prv"),
+            "top1": accuracy.top1,
+            "top5": accuracy.top5,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self.progress.rows.append(row)
+        write_csv(self.folder / LOG, self.progress.rows, float_format=".6g")
+        self.log("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
+
+    def after_step(self, signals: Sequence[int]) -> None:
+        """Save the training state if due, and stop if requested."""
+        stop = bool(signals) or self.run_config.time_is_up()
+        if stop or time.monotonic() - self.saved_at > 60 * self.run_config.save_minutes:
             self.save()
         if stop:
-            status = 128 + self.signals[0] if self.signals else 75
-            raise Interrupted(
-                f"stopped after {progress.steps} of {self.total_steps} steps; rerun the same "
-                "command to resume",
-                status,
-            )
+            raise Interrupted.by(signals, f"{self.progress.steps} of {self.total_steps} steps")
 
-    def end_epoch(self) -> None:
-        """Log what may be published: the budget spent and the learning rate."""
-        epoch = self.progress.steps // self.steps_per_epoch
-        lr = self.optimizer.param_groups[0]["lr"]
-        row = {"epoch": epoch, "steps": self.progress.steps, "epsilon": self.spent(), "lr": lr}
-        self.progress.rows.append(row)
-        write_csv(self.folder / LOG, self.progress.rows)
-        self.log("  ".join(f"{key} {value:.5g}" for key, value in row.items()))
+    @property
+    def logged_epsilon(self) -> float:
+        return self.progress.rows[-1]["epsilon"] if self.progress.rows else 0.0
 
-    def spent(self, accountant: str = ACCOUNTANT) -> float:
-        """Return epsilon of the steps so far."""
-        steps = self.progress.steps
-        if steps == 0:
-            return 0.0
-        return spent_epsilon(
-            accountant, self.noise_multiplier, self.sample_rate, steps, self.privacy.delta
-        )
-
-    def status(self) -> dict[str, Any]:
-        """Return what the progress bar shows; epsilon is that of the last finished epoch."""
-        epsilon = self.progress.rows[-1]["epsilon"] if self.progress.rows else 0.0
-        return {"completed": self.progress.steps, "epsilon": epsilon}
+    def spent(self, accountant: str) -> float:
+        """Return epsilon of the steps so far, rounded up to four decimals."""
+        sigma, steps = self.optimizer.noise_multiplier, self.progress.steps
+        epsilon = spent_epsilon(accountant, sigma, self.sample_rate, steps, self.config.delta)
+        return math.ceil(1e4 * epsilon) / 1e4
 
     def save(self) -> None:
-        """Write the training state, readable by its owner alone."""
+        """Write the training state, readable by its owner only."""
         state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.original_optimizer.state_dict(),
@@ -256,85 +288,107 @@ class PrivateTrainer:
         self.saved_at = time.monotonic()
 
     def restore(self) -> None:
-        """Load the training state, if there is one."""
+        """Load the training state, or else compute the noise that the budget requires."""
         path = self.folder / STATE
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True)
+        if path.exists():
+            try:
+                self.load(torch.load(path, map_location="cpu", weights_only=True))
+            except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+                raise UserError(
+                    f"{path} is damaged ({first_line(error)}): restore it from a copy, or remove "
+                    "it to start again, which is another run on the private images"
+                ) from None
+            self.log(f"resumed after {self.progress.steps} of {self.total_steps} steps")
+        else:
+            with recipe_settings("privacy"), expected_warnings():
+                self.progress.noise_multiplier = get_noise_multiplier(
+                    target_epsilon=self.config.epsilon,
+                    target_delta=self.config.delta,
+                    sample_rate=self.sample_rate,
+                    steps=self.total_steps,
+                    accountant="prv",
+                )
+        self.optimizer.noise_multiplier = self.progress.noise_multiplier
+
+    def load(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.original_optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self.progress = RunProgress(**state["progress"])
+        self.progress = PrivateProgress(**state["progress"])
         self.scheduler.step_update(self.progress.steps)
-        self.log(f"resumed after {self.progress.steps} of {self.total_steps} steps")
 
     def evaluate(self, dataset: Any, progress: str | None = None) -> Predictions:
-        """Return the predictions of the network, or of its average, under its own statistics."""
-        return predict(kn_zoo.privacy.restore(self.evaluated), dataset, progress=progress)
+        """Predict every image once."""
+        return predict(self.evaluated, dataset, device=self.accelerator.device, progress=progress)
 
-    def record(self) -> Privacy:
-        """Return what a published checkpoint states about its privacy."""
-        privacy = self.privacy
+    def guarantee(self) -> Privacy:
+        """Return what the published checkpoint states about its privacy."""
         return Privacy(
-            epsilon=self.spent(),
-            delta=privacy.delta,
-            adjacency="add or remove one image with its label",
-            images=self.images_count,
-            accountant=f"{ACCOUNTANT}, opacus {version('opacus')}",
-            epsilon_rdp=self.spent(SECOND_ACCOUNTANT),
-            noise_multiplier=self.noise_multiplier,
+            epsilon=self.spent("prv"),
+            delta=self.config.delta,
+            epsilon_rdp=self.spent("rdp"),
+            accountant=f"PRV, Opacus {version('opacus')}",
+            unit="one image and its label, added or removed",
+            images=self.count,
+            noise_multiplier=self.optimizer.noise_multiplier,
             sample_rate=self.sample_rate,
             steps=self.progress.steps,
-            max_grad_norm=privacy.max_grad_norm,
-            normalizer=self.optimizer.expected_batch_size,
+            max_grad_norm=self.config.max_grad_norm,
+            normalizer=self.recipe.batch_size,
             sampling="Poisson",
-            generator="noise from os.urandom (Box-Muller, float64); sampling by torch's Mersenne "
-            "Twister, seeded by the operating system, not cryptographically secure",
-            earlier_runs=privacy.earlier_runs,
-            public_data=privacy.public_data,
+            generator="sampling and noise from the operating system (os.urandom); Gaussian noise "
+            "by Box-Muller in float64, not hardened against floating-point attacks",
+            released="final weights, accuracy after each epoch",
+            earlier_runs=self.config.earlier_runs,
+            public_data=self.config.public_data,
         )
 
     def log(self, text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
 
-def spent_epsilon(
-    accountant: str, noise_multiplier: float, sample_rate: float, steps: int, delta: float
-) -> float:
-    """Return epsilon of `steps` subsampled Gaussian mechanisms by one of Opacus' accountants."""
-    counted = create_accountant(accountant)
-    counted.history = [(noise_multiplier, sample_rate, steps)]
-    return float(counted.get_epsilon(delta))
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Ignore what PyTorch and Opacus warn of in every private run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # images need no gradient
+        warnings.filterwarnings("ignore", "Optimal order is")  # of the search's first guesses
+        yield
 
 
-def checked_privacy(recipe: Recipe) -> PrivacyConfig:
-    """Return the recipe's `privacy` section; raises UserError for what would void it."""
+def with_sample_gradients(network: nn.Module) -> GradSampleModule:
+    """Add Opacus' hooks for per-sample gradients of summed losses; raises UserError."""
+    try:
+        ModuleValidator.validate(network, strict=True)
+        return GradSampleModule(network, loss_reduction="sum")
+    except (UnsupportedModuleError, NotImplementedError) as error:
+        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+            raise UserError(
+                "private training excludes BatchNorm, which mixes the images of a batch: train a "
+                "kernel-normalized network, or set model_args: {norm: group}"
+            ) from None
+        raise UserError(f"Opacus does not support the network: {first_line(error)}") from None
+
+
+def check_recipe(recipe: Recipe) -> PrivacyConfig:
+    """Return the recipe's `privacy` section; raises UserError for what private training excludes."""
     if recipe.privacy is None:
-        raise UserError("the recipe has no `privacy` section: use train_scripts/train.py")
-    refused = {
-        "mixup": (recipe.mixup, "mixed images belong to two gradients"),
-        "held_out": (recipe.held_out, "accuracy on held-out private images is not accounted for"),
-        "repeated_augmentation": (recipe.repeated_augmentation > 1, "an image counts once"),
+        raise UserError("the recipe has no privacy section: use train_scripts/train.py")
+    excluded = {
+        "mixup": (recipe.mixup, "a mixed image belongs to two gradients"),
+        "held_out": (recipe.held_out, "accuracy on private images is not accounted for"),
+        "repeated_augmentation": (recipe.repeated_augmentation > 1, "copies are not accounted for"),
         "mixed_precision": (recipe.mixed_precision != "no", "per-sample gradients are float32"),
-        "compile": (recipe.compile, "Opacus' hooks run eagerly"),
+        "compile": (recipe.compile, "per-sample gradients come from eager hooks"),
+        "resolutions": (recipe.resolutions, "they are not implemented"),
         "accumulation": (recipe.accumulation > 1, "set privacy.physical_batch_size instead"),
         "updates": (recipe.updates, "the noise is computed for the whole run"),
+        "scheduler.step_on_epochs": (recipe.scheduler.get("step_on_epochs"), "it steps per update"),
     }
-    for name, (given, reason) in refused.items():
-        if given:
-            raise UserError(f"private training takes no {name}: leave it out ({reason})")
+    for name, (value, reason) in excluded.items():
+        if value:
+            raise UserError(f"private training excludes {name}: {reason}; remove it")
     if not recipe.on_device:
         raise UserError("private training keeps the images in memory: set on_device: true")
     return recipe.privacy
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("epsilon {task.fields[epsilon]:.2f}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
