@@ -25,13 +25,14 @@ Source: Nasirigerdeh et al., Kernel Normalized Convolutional Networks for Privac
 Learning, SaTML 2023, arXiv 2210.00053; Opacus' rules for grad samplers and norm samplers.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from opacus.validators import register_module_validator
 from opacus.validators.errors import UnsupportedModuleError
+from timm.layers import GroupNormAct
 from torch import Tensor, nn
 
 from kn_zoo.layers import KNConv2d
@@ -39,7 +40,7 @@ from kn_zoo.layers.reference import ReferenceKNConv2d
 
 __all__ = ["PrivateKNConv2d", "restore"]
 
-Gradients = dict[nn.Parameter, Tensor]
+Gradients = dict[Tensor, Tensor]  # by parameter
 
 
 class UnitStatistics(NamedTuple):
@@ -93,7 +94,7 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if type(layer) is PrivateKNConv2d:
             del layer.kept
-            layer.__class__ = KNConv2d
+            layer.__class__ = KNConv2d  # type: ignore[assignment]
     return model
 
 
@@ -101,7 +102,7 @@ def restore(model: nn.Module) -> nn.Module:
 def _make_private(layer: KNConv2d) -> list[UnsupportedModuleError]:
     """Opacus validates a model before it adds its hooks: the moment for a layer to change."""
     layer.__class__ = PrivateKNConv2d
-    layer.kept = []
+    cast(PrivateKNConv2d, layer).kept = []
     return []
 
 
@@ -129,6 +130,20 @@ def _norm_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tenso
     if layer.bias is not None and layer.bias.requires_grad:
         norms[layer.bias] = grad.flatten(2).sum(2).norm(2, dim=1)
     return norms
+
+
+@register_grad_sampler(GroupNormAct)
+def _group_norm_samples(layer: GroupNormAct, activations: list[Tensor], grad: Tensor) -> Gradients:
+    """Gradient of every image, (N, C) each, of timm's group normalization with its activation."""
+    normalized = F.group_norm(activations[0], layer.num_groups, eps=layer.eps)
+    with torch.enable_grad():
+        weight, bias = (p.detach().view(-1, 1, 1) for p in (layer.weight, layer.bias))
+        out = (normalized * weight + bias).requires_grad_()
+        (grad,) = torch.autograd.grad(layer.act(out.clone()), out, grad)
+    return {
+        layer.weight: (grad * normalized).flatten(2).sum(2),
+        layer.bias: grad.flatten(2).sum(2),
+    }
 
 
 def _units_and_gradients(

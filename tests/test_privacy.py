@@ -36,12 +36,14 @@ NETWORKS = [
 def layers(draw: st.DrawFn) -> KNConv2d:
     groups = draw(st.sampled_from([1, 2]))
     torch.manual_seed(draw(st.integers(0, 99)))
+    kernel_size: Any = draw(st.sampled_from([1, 2, 3, (1, 3)]))
+    padding: Any = draw(st.sampled_from([0, 1, (1, 0, 1, 0), (0, 2, 1, 1)]))
     return KNConv2d(
         in_channels=groups * draw(st.integers(1, 9)),
         out_channels=groups * draw(st.integers(1, 3)),
-        kernel_size=draw(st.sampled_from([1, 2, 3, (1, 3)])),
+        kernel_size=kernel_size,
         stride=draw(st.integers(1, 2)),
-        padding=draw(st.sampled_from([0, 1, (1, 0, 1, 0), (0, 2, 1, 1)])),
+        padding=padding,
         dilation=draw(st.integers(1, 2)),
         groups=groups,
         bias=draw(st.booleans()),
@@ -92,6 +94,15 @@ def test_layers_gradients_are_those_of_each_image(layer: KNConv2d, images: int) 
 def test_networks_gradients_are_those_of_each_image(name: str, act_layer: str) -> None:
     model = timm.create_model(name, num_classes=5, act_layer=act_layer).double()
     samples, expected = per_sample(model, torch.randn(3, 3, 16, 16, dtype=torch.float64))
+    for sample, wanted in zip(samples, expected, strict=True):
+        torch.testing.assert_close(sample, wanted, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("act_layer", ["relu", "mish"])
+def test_group_norms_gradients_are_those_of_each_image(act_layer: str) -> None:
+    options: dict[str, Any] = dict(num_classes=5, norm="group", act_layer=act_layer)
+    model = timm.create_model("preactresnet20_cifar", **options).double()
+    samples, expected = per_sample(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
     for sample, wanted in zip(samples, expected, strict=True):
         torch.testing.assert_close(sample, wanted, rtol=1e-7, atol=1e-9)
 
@@ -270,7 +281,8 @@ def test_functorch_without_dropout_agrees_with_hooks() -> None:
 
 
 def test_activation_checkpointing_is_refused(model: nn.Module) -> None:
-    model.set_grad_checkpointing(True)
+    network: Any = model
+    network.set_grad_checkpointing(True)
     private, *_ = engine(model)
     with pytest.raises(RuntimeError, match="set_grad_checkpointing"):
         private(torch.randn(2, 3, 16, 16)).sum().backward()

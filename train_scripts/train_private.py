@@ -4,8 +4,8 @@
   knpreactresnet20_cifar.cifar10_dp8`
 
 The noise follows from the recipe's epsilon and delta. The run folder runs/NAME/ contains the
-training state, which stays on this machine, train_log.csv and, at the end, bundle/, which states the
-guarantee. Requires `pip install -e '.[privacy]'`.
+training state, which stays on this machine, train_log.csv and, at the end, bundle/, which states
+the guarantee. Requires `pip install -e '.[privacy]'`.
 
 Rerun the same command to resume an interrupted run. Sampling and noise have no seed, so no two runs
 are equal. Ctrl-C and SIGTERM stop the run after the current step.

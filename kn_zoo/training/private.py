@@ -1,12 +1,12 @@
 """Differentially private training of a recipe with a `privacy` section, by DP-SGD.
 
-Per-sample gradients, clipping and accounting are Opacus'. The guarantee rests on two random choices,
-the images of each step and the noise. Both are made from the operating system's random bytes, so
-that no seed exists that could leak; the recipe's `seed` determines the initial weights only.
+Per-sample gradients, clipping and accounting are Opacus'. The guarantee rests on two random
+choices, the images of each step and the noise. Both are made from the operating system's random
+bytes, so no seed exists that could leak; the recipe's `seed` determines the initial weights only.
 
 Losses, norms of gradients and sizes of batches are not covered by the guarantee: they are neither
-logged nor published. The training state holds what the guarantee covers (weights, their average, the
-optimizer), contains no generator, and is readable by its owner only.
+logged nor published. The training state holds what the guarantee covers (weights, their average,
+the optimizer), contains no generator, and is readable by its owner only.
 """
 
 import io
@@ -34,6 +34,7 @@ from opacus.utils.batch_memory_manager import BatchSplittingSampler
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
+from timm.models.resnet import ResNet
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -359,6 +360,10 @@ def expected_warnings() -> Iterator[None]:
 
 def with_sample_gradients(network: nn.Module) -> GradSampleModule:
     """Add Opacus' hooks for per-sample gradients of summed losses; raises UserError."""
+    if isinstance(network, ResNet):
+        raise UserError(
+            "Opacus does not support timm's ResNet, which adds in place: use a preactresnet"
+        )
     try:
         ModuleValidator.validate(network, strict=True)
         return GradSampleModule(network, loss_reduction="sum")
@@ -372,7 +377,7 @@ def with_sample_gradients(network: nn.Module) -> GradSampleModule:
 
 
 def check_recipe(recipe: Recipe) -> PrivacyConfig:
-    """Return the recipe's `privacy` section; raises UserError for what private training excludes."""
+    """Return the recipe's `privacy` section; raises UserError for excluded settings."""
     if recipe.privacy is None:
         raise UserError("the recipe has no privacy section: use train_scripts/train.py")
     excluded = {
