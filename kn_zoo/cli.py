@@ -195,6 +195,11 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     for statistics, accuracy in checkpoint.reported.statistics.items():
         draws = f" (mean of {accuracy.draws} draws)" if accuracy.draws > 1 else ""
         facts[statistics] = f"{describe_accuracy(accuracy)}{draws}"
+    if privacy := checkpoint.privacy:
+        facts["privacy"] = (
+            f"epsilon {privacy.epsilon:.4f} (Rényi: {privacy.epsilon_rdp:.4f}), delta "
+            f"{privacy.delta:g}, for {privacy.unit}"
+        )
     facts |= {
         "parameters": f"{checkpoint.parameters:,}",
         "FLOPs": f"{checkpoint.flops:,} (one image)",

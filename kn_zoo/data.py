@@ -10,9 +10,13 @@ float32, so a network's input is bit-identical everywhere.
 Data sets are read from `data_dir()`, which contains one folder per data set:
 
     cifar10/cifar-10-batches-py/    cifar100/cifar-100-python/    imagenet-1k/{train,val}/
+    imagenet32/train_data_batch_1
+
+"cifar100_coarse" are the images of CIFAR-100 with their 20 superclasses.
 """
 
 import os
+import pickle
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +28,8 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision import datasets
+
+from kn_zoo.imagenet32 import FILES, ImageNet32
 
 
 class MissingData(RuntimeError):
@@ -40,13 +46,31 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> tuple[Any, int]: ...
 
 
+class CoarseCIFAR100(datasets.CIFAR100):
+    """CIFAR-100 with its 20 superclasses instead of its 100 classes."""
+
+    meta = datasets.CIFAR100.meta | {"key": "coarse_label_names"}
+
+    def __init__(self, root: Path, train: bool) -> None:
+        super().__init__(root, train)  # checks the MD5 of the files
+        files = self.train_list if train else self.test_list
+        with (root / self.base_folder / files[0][0]).open("rb") as file:
+            self.targets = pickle.load(file, encoding="latin1")["coarse_labels"]
+
+
 SPLITS = {
     "digits": ("train", "test"),
     "cifar10": ("train", "test"),
     "cifar100": ("train", "test"),
+    "cifar100_coarse": ("train", "test"),
     "imagenet-1k": ("train", "validation"),
+    "imagenet32": ("train", "validation"),
 }
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+CIFAR = {
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+    "cifar100_coarse": CoarseCIFAR100,
+}
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte from the server
 
 
@@ -75,6 +99,8 @@ def load(
         raise MissingData(f"{root} is not a folder: --data-dir must contain the data sets")
     if name in CIFAR:
         return _load_cifar(name, split, data_dir(root), download)
+    if name == "imagenet32":
+        return _load_imagenet32(split, data_dir(root))
     return _load_imagenet(split, data_dir(root))
 
 
@@ -128,7 +154,7 @@ class Digits(datasets.VisionDataset):
 def _load_cifar(name: str, split: str, root: Path, download: bool) -> Images:
     """CIFAR-10 or CIFAR-100 from the official Python files, whose MD5 torchvision checks."""
     dataset_class: Any = CIFAR[name]
-    files = dataset_class.base_folder
+    files, name = dataset_class.base_folder, name.removesuffix("_coarse")
     folder = root if (root / files).is_dir() else root / name
     if not (folder / files).is_dir():
         if not download:
@@ -136,7 +162,7 @@ def _load_cifar(name: str, split: str, root: Path, download: bool) -> Images:
                 f"{name} is not in {root}: set --data-dir or KN_ZOO_DATA to the folder that "
                 f"contains {name}/{files}, or download it with --download (160 MiB)"
             )
-        _download_cifar(dataset_class, folder)
+        _download_cifar(CIFAR[name], folder)
     try:
         dataset = dataset_class(folder, train=split == "train")
     except (RuntimeError, OSError):  # a wrong MD5, an unreadable file
@@ -200,3 +226,18 @@ def _load_imagenet(split: str, root: Path) -> Images:
     dataset: Any = datasets.ImageFolder(folder)
     dataset.class_names = [info.label_name_to_description(name) for name in dataset.classes]
     return dataset
+
+
+def _load_imagenet32(split: str, root: Path) -> Images:
+    """ImageNet downsampled to 32 x 32 pixels, in the form in which it is published."""
+    folder = next((f for f in (root / "imagenet32", root) if (f / FILES[split][0]).is_file()), None)
+    if folder is None:
+        raise MissingData(
+            f"imagenet32 is not in {root}: get it from image-net.org (registration required) and "
+            "set --data-dir or KN_ZOO_DATA to the folder that contains imagenet32/"
+            f"{FILES[split][0]}"
+        )
+    try:
+        return ImageNet32(folder, split)
+    except (OSError, ValueError) as error:
+        raise MissingData(f"{error}: complete the folder, or unpack it again") from None

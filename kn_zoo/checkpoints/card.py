@@ -24,7 +24,6 @@ def card(checkpoint: Checkpoint) -> str:
     dataset, steps = checkpoint.dataset, checkpoint.preprocessing
     size = "x".join(map(str, steps.input_size))
     segments = checkpoint.task == "segmentation"
-    script = "train_segmentation.py" if segments else "train.py"
     predicted, unit = ("label map", "pixel") if segments else ("top classes", "image")
     seeds, runs = ", ".join(map(str, checkpoint.seeds)), checkpoint.mean_and_sd()
     if runs:
@@ -49,10 +48,10 @@ Measured on {dataset.images:,} images ({dataset.name}, {dataset.split}) by \
 first. `predictions.npz` contains the {predicted} of each image. To recompute them, run \
 `python eval/verify.py {checkpoint.name}`.
 
-## Training
+{guarantee(checkpoint)}## Training
 
 ```console
-$ python train_scripts/{script} {checkpoint.recipe} {checkpoint.name}
+$ python train_scripts/{script(checkpoint)} {checkpoint.recipe} {checkpoint.name}
 ```
 
 `recipe.yaml` contains the settings, `train_log.csv` the metrics of each epoch, and \
@@ -80,6 +79,45 @@ mean {list(steps.mean)}, std {list(steps.std)}
 ```bibtex
 {CITATION}
 ```
+"""
+
+
+def script(checkpoint: Checkpoint) -> str:
+    """Return the name of the script that trains the checkpoint."""
+    if checkpoint.task == "segmentation":
+        return "train_segmentation.py"
+    return "train_private.py" if checkpoint.privacy else "train.py"
+
+
+def guarantee(checkpoint: Checkpoint) -> str:
+    """Return the section on differential privacy, empty if the training was not private."""
+    privacy = checkpoint.privacy
+    if privacy is None:
+        return ""
+    facts = {
+        "Guarantee": f"({privacy.epsilon:.4f}, {privacy.delta:g})-differential privacy",
+        "Unit": privacy.unit,
+        "Accountant": f"{privacy.accountant}; by Rényi differential privacy, epsilon is "
+        f"{privacy.epsilon_rdp:.4f}",
+        "Training images": f"{privacy.images:,}, a public constant",
+        "Noise multiplier": f"{privacy.noise_multiplier:.6g}",
+        "Clipping": f"each image's gradient to L2 norm {privacy.max_grad_norm:g}; the noisy sum is "
+        f"divided by {privacy.normalizer:g}",
+        "Sampling": f"{privacy.sampling}, rate {privacy.sample_rate:.6g}, {privacy.steps:,} steps",
+        "Random generators": privacy.generator,
+        "Released": privacy.released,
+        "Earlier runs on the same images, not included in epsilon": str(privacy.earlier_runs),
+        "Other data": privacy.public_data,
+    }
+    lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return f"""## Differential privacy
+
+{lines}
+
+The training images are public, so the checkpoint demonstrates the method and protects nobody. \
+`python eval/verify.py {checkpoint.name}` recomputes epsilon from these numbers. That the training \
+used them cannot be verified from the file.
+
 """
 
 

@@ -172,8 +172,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace a file atomically: it holds the old or the new content, never a part of either.
+
+    Args:
+        mode: permissions of the new file.
 
     Raises:
         WriteError: the file cannot be written.
@@ -183,7 +186,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         try:
             with open(handle, "wb") as file:
                 _write_durably(file, data)
-            os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+            os.chmod(temporary, mode)  # mkstemp makes files that only their owner can read
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

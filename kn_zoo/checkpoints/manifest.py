@@ -3,7 +3,7 @@
 timm's configurations, the model cards and the documentation are generated from it. The dataclasses
 below are its format: one class per JSON object, one field per key. A field with a default is
 optional, and omitted from the file where it has that default. To extend the format, add a field
-with a default, such as ``privacy: Privacy | None = None``.
+with a default.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ Count = Annotated[int, (1, inf)]
 Seed = Annotated[int, (0, inf)]
 Percent = Annotated[float, (0, 100)]
 Positive = Annotated[float, (sys.float_info.min, inf)]
+Probability = Annotated[float, (sys.float_info.min, 1)]
 Statistics = Annotated[str, r"expected|plain|sampled"]
 
 
@@ -163,6 +164,47 @@ class Upstream:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """Guarantee of a differentially private training run (DP-SGD), and what it was computed from.
+
+    Attributes:
+        epsilon: of all steps, by ``accountant``; `eval/verify.py` recomputes it.
+        delta: probability with which ``epsilon`` may be exceeded.
+        epsilon_rdp: the same by Rényi differential privacy, a second and looser upper bound.
+        accountant: name and version of what computed ``epsilon``.
+        unit: what two neighbouring training sets differ in.
+        images: number of training images; it is public.
+        noise_multiplier: standard deviation of the noise, as a multiple of ``max_grad_norm``.
+        sample_rate: probability with which a step takes an image.
+        steps: noisy steps that were taken.
+        max_grad_norm: L2 norm that the gradient of each image was clipped to.
+        normalizer: constant that the noisy sums of gradients were divided by.
+        sampling: how the images of a step were chosen.
+        generator: random generators, and whether they are cryptographically secure.
+        released: what is published of the run.
+        earlier_runs: runs on the same images before this one; ``epsilon`` does not include them.
+        public_data: what initial weights and settings owe to other data.
+    """
+
+    epsilon: Positive
+    delta: Probability
+    epsilon_rdp: Positive
+    accountant: Text
+    unit: Text
+    images: Count
+    noise_multiplier: Positive
+    sample_rate: Probability
+    steps: Count
+    max_grad_norm: Positive
+    normalizer: Positive
+    sampling: Annotated[str, r"Poisson"]
+    generator: Text
+    released: Text
+    earlier_runs: Annotated[int, (0, inf)]
+    public_data: Text
+
+
+@dataclass(frozen=True)
 class Licenses:
     """Licences of code, weights and training data; SPDX identifiers where they exist."""
 
@@ -190,6 +232,7 @@ class Checkpoint:
             "repository" if it is in the repository only, as ``checkpoints/NAME``; None if neither.
         hub: where the bundle is published.
         upstream: where the authors published it; ``file`` then describes the converted file.
+        privacy: guarantee of a differentially private training, None if there is none.
     """
 
     name: Annotated[str, r"[a-z][a-z0-9_]*\.[a-z0-9][a-z0-9_]*"]
@@ -208,6 +251,7 @@ class Checkpoint:
     bundle: Annotated[str, r"package|repository"] | None = None
     hub: Hub | None = None
     upstream: Upstream | None = None
+    privacy: Privacy | None = None
 
     @property
     def architecture(self) -> str:

@@ -64,6 +64,7 @@ class Result:
     status: str = "match"
     reasons: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)  # recomputed and compared besides `scores`
+    notes: list[str] = field(default_factory=list)  # what could not be compared here, and why
     scores: list[Score] = field(default_factory=list)
     near_tie_bound: float = NEAR_TIE
     mismatches: list[int] = field(default_factory=list)

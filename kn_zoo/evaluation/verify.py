@@ -13,7 +13,7 @@ import torch
 from kn_zoo import data
 from kn_zoo.checkpoints import bundle, loading, networks
 from kn_zoo.checkpoints.manifest import Checkpoint
-from kn_zoo.evaluation import classification, segmentation
+from kn_zoo.evaluation import accounting, classification, segmentation
 from kn_zoo.evaluation.result import Result, Settings, Skipped
 from kn_zoo.segmentation import data as segmentation_data
 
@@ -28,6 +28,7 @@ def verify(checkpoint: Checkpoint, settings: Settings) -> Result:
     try:
         result.reasons += wrong_counts(checkpoint)
         result.checked += ["parameters", "FLOPs"]
+        check_privacy(checkpoint, result)
         if checkpoint.bundle or not checkpoint.available:  # no download before the data is there
             loading.read(loading.locate(checkpoint), checkpoint)
             result.checked.append("SHA-256")
@@ -61,6 +62,17 @@ def wrong_counts(checkpoint: Checkpoint) -> list[str]:
         for name, (recomputed, reported) in counts.items()
         if recomputed != reported
     ]
+
+
+def check_privacy(checkpoint: Checkpoint, result: Result) -> None:
+    """Recompute epsilon of a private checkpoint, if Opacus is installed."""
+    if checkpoint.privacy is None:
+        return
+    try:
+        result.reasons += accounting.understated(checkpoint.privacy)
+        result.checked.append("epsilon")
+    except Skipped as reason:
+        result.notes.append(str(reason))
 
 
 def load_images(checkpoint: Checkpoint, settings: Settings) -> Any:

@@ -263,9 +263,9 @@ def sweep_notes(result: Sweep) -> list[str]:
 
 
 def notes(result: Result) -> list[str]:
-    lines = []
+    lines = [f"{result.name}: {note}" for note in result.notes]
     if result.status != "skipped":
-        lines = [f"{result.name}: {result.status}: {reason}" for reason in result.reasons]
+        lines += [f"{result.name}: {result.status}: {reason}" for reason in result.reasons]
     if result.reordered:
         images = ", ".join(map(str, result.reordered[:SHOWN]))
         rest = len(result.reordered) - SHOWN

@@ -242,12 +242,16 @@ class DeviceBatches:
         side = self.recipe.resolution(number + 1)
         mine = self.shard.of(size)
         for step in range(start, len(self)):
-            draw = np.random.default_rng([self.recipe.seed, number, step])
-            top, left = draw.integers(0, 2 * self.padding + 1, (2, size))
-            flip = draw.random(size) < self.flip_p
+            random = np.random.default_rng([self.recipe.seed, number, step])
+            top, left, flip = self.draw(random, size)
             index = indices[step * size :][mine]
             pixels, targets = self.gather(index, top[mine], left[mine], flip[mine])
             yield pixels if side is None else resize(pixels, side), targets
+
+    def draw(self, random: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
+        """Draw first rows, first columns and flips of the crops of `size` images: (size,) each."""
+        top, left = random.integers(0, 2 * self.padding + 1, (2, size))
+        return top, left, random.random(size) < self.flip_p
 
     def gather(
         self, index: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray

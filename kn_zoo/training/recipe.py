@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,29 @@ from kn_zoo.checkpoints.manifest import norm_of
 
 class UserError(Exception):
     """Bad input; the message is one line that names the fix."""
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """The `privacy` section of a recipe: differentially private training with Opacus."""
+
+    epsilon: float  # budget, from which the noise is computed
+    delta: float  # probability with which epsilon may be exceeded
+    max_grad_norm: float  # norm that each image's gradient is clipped to
+    physical_batch_size: int = 64  # images per forward and backward pass
+    earlier_runs: int = 0  # runs on the same private images before this one; not part of epsilon
+    public_data: str = "none"  # what initial weights and settings owe to other data
+
+    def __post_init__(self) -> None:
+        for name, high in (("epsilon", inf), ("delta", 1), ("max_grad_norm", inf)):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < high):
+                raise UserError(
+                    f"privacy.{name} must be a number above 0{' and below 1' if high == 1 else ''},"
+                    f" not {value!r} (YAML reads 1.0e-5 as a number, but not 1e-5)"
+                )
+        if not (isinstance(self.physical_batch_size, int) and self.physical_batch_size > 0):
+            raise UserError("privacy.physical_batch_size must be a positive integer")
 
 
 @dataclass
@@ -55,9 +79,12 @@ class Recipe:
     sampled_draws: int = 5  # evaluations to average under "sampled" inference statistics
     held_out: float = 0.0  # fraction of training images held out to evaluate each epoch on
     updates: int | None = None  # stop after this many updates; the schedule remains the full run's
+    privacy: PrivacyConfig | None = None  # train_scripts/train_private.py trains such a recipe
     seed: int = 0  # of initialization, order, augmentation and dropout
 
     def __post_init__(self) -> None:
+        if isinstance(self.privacy, dict):
+            self.privacy = PrivacyConfig(**self.privacy)
         if self.resolutions:
             _check_resolutions(self)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 import kn_zoo
 from kn_zoo import data
 from kn_zoo.checkpoints import bundle, files, manifest
-from kn_zoo.checkpoints.manifest import Accuracy, Run
+from kn_zoo.checkpoints.manifest import Accuracy, Privacy, Run
 from kn_zoo.checkpoints.predictions import Predictions
 from kn_zoo.layers import KNConv2d
 from kn_zoo.training.data import DataConfig
@@ -21,7 +21,11 @@ from kn_zoo.training.recipe import Recipe, UserError
 from kn_zoo.training.resume import prepare_run_dir
 from kn_zoo.training.trainer import LOG, RunConfig, Trainer
 
+if TYPE_CHECKING:
+    from kn_zoo.training.private import PrivateTrainer  # requires Opacus
+
 RESULT = "result.json"
+AnyTrainer: TypeAlias = "Trainer | PrivateTrainer"
 
 
 def train_seeds(
@@ -78,7 +82,7 @@ def read_result(run_dir: Path) -> Run:
     return Run.from_json(json.loads((run_dir / RESULT).read_text(encoding="utf-8")))
 
 
-def write_result(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
+def write_result(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
     """Round the weights for storage, evaluate them and write the result to the run folder.
 
     Returns the stored type and the predictions under "expected" statistics.
@@ -94,7 +98,7 @@ def write_result(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
     return dtype, predictions
 
 
-def round_if_harmless(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
+def round_if_harmless(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
     """Round to the recipe's `stored_dtype` unless that changes a prediction.
 
     Returns the type of the weights and their predictions.
@@ -114,7 +118,7 @@ def round_if_harmless(trainer: Trainer) -> tuple[torch.dtype, Predictions]:
     return torch.float32, before
 
 
-def other_statistics(trainer: Trainer) -> dict[str, Accuracy]:
+def other_statistics(trainer: AnyTrainer) -> dict[str, Accuracy]:
     """Accuracy under "plain" and "sampled" inference statistics, if the network has them."""
     model, images, draws = trainer.evaluated, trainer.test_set, trainer.recipe.sampled_draws
     if not is_kernel_normalized(model):
@@ -141,14 +145,18 @@ def mean_accuracy(draws: list[Predictions]) -> Accuracy:
 
 
 def write_bundle(
-    trainer: Trainer,
+    trainer: AnyTrainer,
     recipe_path: Path,
     runs: Sequence[Run],
     dtype: torch.dtype,
     predictions: Predictions,
     folder: Path | None,
+    privacy: Privacy | None = None,
 ) -> None:
-    """Write the checkpoint's bundle to `folder`; None: to the package and its manifest."""
+    """Write the checkpoint's bundle to `folder`; None: to the package and its manifest.
+
+    The bundle of a private run omits its duration, which depends on the sampled batches.
+    """
     recipe = trainer.recipe
     if folder is None and recipe.dataset not in data.SPLITS:
         raise UserError(f"{recipe.dataset} is not a data set of kn_zoo: omit --in-package")
@@ -164,6 +172,7 @@ def write_bundle(
         recipe=f"train_scripts/recipes/{recipe_path.name}",
         seeds=tuple(run.seed for run in runs),
         runs=tuple(runs) if len(runs) > 1 else (),
+        privacy=privacy,
     )
     checkpoint = bundle.write(
         trainer.evaluated,
@@ -173,7 +182,7 @@ def write_bundle(
         predictions=predictions,
         class_names=trainer.class_names,
         dtype=dtype,
-        seconds=trainer.progress.seconds,
+        seconds=None if privacy else trainer.progress.seconds,
         target=folder or "package",
     )
     trainer.log(f"wrote {folder or checkpoint.folder}")

@@ -68,6 +68,14 @@ class Interrupted(Exception):
         super().__init__(reason)
         self.status = status
 
+    @classmethod
+    def by(cls, signals: Sequence[int], done: str) -> "Interrupted":
+        """Return the exception for the received signals; without any, for the time limit."""
+        number = signals[0] if signals else 0
+        reason = signal.Signals(number).name if number else "time limit reached"
+        status = 128 + number if number else 75
+        return cls(f"{reason} after {done}; rerun the same command to resume", status)
+
 
 @dataclass
 class RunProgress:
@@ -107,6 +115,8 @@ class Trainer:
         training_images: Any = None,
         progress_images: Any = None,
     ) -> None:
+        if recipe.privacy is not None:
+            raise UserError("the recipe has a privacy section: use train_scripts/train_private.py")
         self.recipe, self.folder = recipe, folder
         self.data_config, self.run_config = data_config, run_config
         self.accelerator = Accelerator(
@@ -211,7 +221,9 @@ class Trainer:
         first = self.progress.updates
         self.saved_at = self.synced_at = time.monotonic()
         self.losses: list[Tensor] = []  # since the last sync
-        with progress_bar(self.accelerator) as self.bar, defer_signals() as self.signals:
+        columns = "loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"
+        main = self.accelerator.is_main_process
+        with progress_bar(columns, main) as self.bar, defer_signals() as self.signals:
             self.task = self.bar.add_task(
                 self.recipe.name, total=self.updates, completed=first, loss=math.nan, rate=0
             )
@@ -284,13 +296,7 @@ class Trainer:
         if due or stop:
             self.save()
         if stop:
-            number = self.signals[0] if self.signals else 0
-            reason = signal.Signals(number).name if number else "time limit reached"
-            raise Interrupted(
-                f"{reason} after {self.progress.updates} of {self.updates} updates; rerun the same "
-                "command to resume",
-                128 + number if number else 75,
-            )
+            raise Interrupted.by(self.signals, f"{self.progress.updates} of {self.updates} updates")
 
     def sync_losses(self) -> None:
         """Log the last loss; raises Diverged if one since the last sync is not finite."""
@@ -413,15 +419,15 @@ def write_csv(
     files.write_text(path, text.getvalue())
 
 
-def progress_bar(accelerator: Accelerator) -> Progress:
+def progress_bar(columns: str, visible: bool = True) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"),
+        TextColumn(columns),
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not accelerator.is_main_process,
+        disable=not visible,
     )
 
 

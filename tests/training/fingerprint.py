@@ -81,7 +81,7 @@ def read() -> dict[str, Rows]:
 
 def all_recipes() -> dict[str, Recipe]:
     recipes = [Recipe.read(p, v) for p in sorted(RECIPES.glob("*.yaml")) for v in variant_names(p)]
-    return {recipe.name: recipe for recipe in recipes}
+    return {recipe.name: recipe for recipe in recipes if recipe.privacy is None}  # private: random
 
 
 def main(names: list[str]) -> None:
