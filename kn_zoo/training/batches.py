@@ -249,7 +249,7 @@ class DeviceBatches:
             yield pixels if side is None else resize(pixels, side), targets
 
     def draw(self, random: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
-        """Draw first rows and columns of the crops, and the flips, of `size` images: (size,) each."""
+        """Draw first rows and columns of the crops, and the flips, of `size` images: (size,)."""
         top, left = random.integers(0, 2 * self.padding + 1, (2, size))
         return top, left, random.random(size) < self.flip_p
 
