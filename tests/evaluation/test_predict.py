@@ -251,5 +251,5 @@ def test_other_targets_and_numbers_that_are_none_are_mismatches() -> None:
 
 def test_other_shapes_cannot_be_compared() -> None:
     logits, _ = two_evaluations(0, 9, 0.3)
-    with pytest.raises(ValueError, match=r"\(19, 5\) predictions against \(20, 5\) stored"):
+    with pytest.raises(ValueError, match=r"shape \(19, 5\), stored predictions \(20, 5\)"):
         compare(predictions(logits[:19]), predictions(logits))
