@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import kn_zoo
@@ -77,7 +77,7 @@ def test_what_cannot_be_frozen() -> None:
 
 
 class Doubled(KNConv2d):
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 

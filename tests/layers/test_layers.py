@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -616,7 +616,7 @@ class Pair(nn.Module):
         self.inner = KNConv2d(20, 20, 2, stride=2, padding=1, dropout_p=dropout_p)
         self.norm = KernelNorm2d(1, dropout_p=dropout_p)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(torch.relu(self.inner(torch.relu(self.conv(x)))))
 
 
