@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 
-from tests.models.test_models import OURS, SHALLOW, create, shallow
+from tests.models.test_models import OURS, create, shallow
 
 BACKBONES = {name: shallow(name, features_only=True) for name in OURS}
 IMAGENET = ("knresnet18", "knresnet34", "knresnet50", "knpreactresnet18", "knpreactresnet50")
@@ -66,12 +66,13 @@ def test_output_stride_limits_the_reductions(architecture: str, output_stride: i
 @pytest.mark.parametrize("architecture", ["knresnet18", "knresnet34", "knresnet50"])
 def test_classifiers_keep_the_published_padding(architecture: str) -> None:
     """One pixel more than input / reduction in KNResNet-18 and -34; the same parameters."""
-    maps = SHALLOW[architecture].forward_intermediates(image(512, 1024), intermediates_only=True)
+    classifier = shallow(architecture)
+    maps = classifier.forward_intermediates(image(512, 1024), intermediates_only=True)
     more = int(architecture != "knresnet50")
     assert maps[-1].shape[2:] == (16 + more, 32 + more)
     dense = shallow(architecture, dense_maps=True).state_dict()
     assert {k: v.shape for k, v in dense.items()} == {
-        k: v.shape for k, v in SHALLOW[architecture].state_dict().items()
+        k: v.shape for k, v in classifier.state_dict().items()
     }
 
 
