@@ -159,14 +159,11 @@ def test_the_space_is_laid_out_as_the_hub_wants_it() -> None:
     assert len(settings["short_description"]) <= 60
 
 
-@pytest.mark.skipif(demo.segmentation is None, reason="there is no segmentation yet")
 def test_an_overlay_keeps_the_image_above_its_legend(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    untrained = demo.segmentation.create_segmentation_model("fcn_knresnet18")
-    monkeypatch.setattr(
-        demo.segmentation, "create_segmentation_model", lambda name, pretrained: untrained
-    )
+    untrained = demo.create_segmentation_model("fcn_knresnet18")
+    monkeypatch.setattr(demo, "create_segmentation_model", lambda name, pretrained: untrained)
     demo.drawings()["sea"].save(tmp_path / "sea.png")
     picture = demo.segment(str(tmp_path / "sea.png"), "fcn_knresnet18.camvid")
     assert picture is not None and picture.width == 256 and picture.height > 256
