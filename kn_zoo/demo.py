@@ -7,6 +7,7 @@ scripts of other hosts.
 
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -198,7 +199,7 @@ def build() -> gr.Blocks:
     folder = tempfile.TemporaryDirectory(prefix="kn_zoo_demo_")
     gallery = samples(Path(folder.name), known)
     with gr.Blocks(title="Kernel normalization", analytics_enabled=False) as page:
-        page.samples = folder  # type: ignore[attr-defined]  # deleted with the page
+        weakref.finalize(page, folder.cleanup)
         gr.Markdown(INTRODUCTION)
         path = gr.State(None)
         with gr.Row():

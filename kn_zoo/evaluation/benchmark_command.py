@@ -8,12 +8,14 @@
 Chosen cells can be measured and merged into the results of the same machine and versions; the bare
 convolutions are timed beside them, as every ratio is to them:
 
-    python eval/benchmark.py knresnet18_cifar --dtype bfloat16 --mode compiled --variant group_norm --update
-    python eval/benchmark.py knpreactresnet20_cifar --batch-size 2 --task train --dtype float32 --variant kernel_norm --variant group_norm --variant batch_norm --update
+    python eval/benchmark.py knresnet18_cifar --dtype bfloat16 --mode compiled \\
+        --variant group_norm --update
+    python eval/benchmark.py knpreactresnet20_cifar --batch-size 2 --task train --dtype float32 \\
+        --variant kernel_norm --variant group_norm --variant batch_norm --update
 
 The variants are described in kn_zoo/evaluation/variants.py. Before the measurement the layers are
 compared with the paper's formulas in float64; the header of the CSV file has the errors.
-"""  # noqa: E501
+"""
 
 import os
 import platform

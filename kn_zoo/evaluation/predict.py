@@ -59,7 +59,8 @@ def predict(
     if dataset.transform is None:
         dataset = copy.copy(dataset)
         dataset.transform = eval_transform(model)
-    loader: Iterable[Any] = DataLoader(dataset, batch_size, num_workers=workers)  # type: ignore[arg-type]
+    images_and_targets: Any = dataset  # as for torch: any sequence does
+    loader: Iterable[Any] = DataLoader(images_and_targets, batch_size, num_workers=workers)
     if progress is not None:
         loader = track(loader, progress, console=Console(stderr=True))
     was_training = model.training

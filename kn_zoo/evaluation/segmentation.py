@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from math import isclose, sqrt
 from os import cpu_count
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,10 +95,11 @@ def predict(
     model: nn.Module, images: LabelledImages, settings: Settings, progress: str
 ) -> Iterator[Segmented]:
     """Segment all images."""
+    preprocessing: Any = model.pretrained_cfg
     return segment(
         model,
         images,
-        eval_transform(model.pretrained_cfg),  # type: ignore[arg-type]
+        eval_transform(preprocessing),
         device=settings.device,
         workers=min(8, cpu_count() or 1) if settings.device != "cpu" else 0,
         progress=progress,

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -10,13 +9,11 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .modules import FrozenKNConv, KNConv1d, KNConv2d, KNConv3d
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
 LAYERS = (KNConv1d, KNConv2d, KNConv3d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def freeze(model: ModuleT) -> ModuleT:
+def freeze(model: nn.Module) -> nn.Module:
     """Return a copy of `model` for inference only, ready for torch.export, ONNX and torch.compile.
 
     Its outputs are those of `model.eval()` to about 1e-5, except that inputs are not shifted in
@@ -31,7 +28,7 @@ def freeze(model: ModuleT) -> ModuleT:
         raise ValueError("cannot freeze " + "; ".join(reasons))
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(frozen, LAYERS):
-        return FrozenKNConv(frozen)  # type: ignore[return-value]
+        return FrozenKNConv(frozen)
     made: dict[nn.Module, FrozenKNConv] = {}  # a layer used in two places is frozen once
     for module in list(frozen.modules()):
         for name, child in module._modules.items():

@@ -99,18 +99,19 @@ class _KNConv(nn.modules.conv._ConvNd):
             )
         window = _window(self.dims, kernel_size, stride, padding, dilation)
         _check_settings(dropout_p, eps, inference_statistics, dropout)
-        super().__init__(  # nn.Conv1d, nn.Conv2d or nn.Conv3d
+        init: Any = super().__init__  # of nn.Conv1d, nn.Conv2d or nn.Conv3d
+        init(
             in_channels,
             out_channels,
-            window.kernel_size,  # type: ignore[arg-type]
-            window.stride,  # type: ignore[arg-type]
-            window.padding[-2::-2],  # type: ignore[arg-type]  # nn.Conv2d's attribute, if symmetric
-            window.dilation,  # type: ignore[arg-type]
-            groups,  # type: ignore[arg-type]
-            bias,  # type: ignore[arg-type]
-            "zeros",  # type: ignore[arg-type]
-            device,  # type: ignore[arg-type]
-            dtype,  # type: ignore[arg-type]
+            window.kernel_size,
+            window.stride,
+            window.padding[-2::-2],  # nn.Conv2d's attribute, if symmetric
+            window.dilation,
+            groups,
+            bias,
+            "zeros",
+            device,
+            dtype,
         )
         self.padding_sides = tuple(window.padding)
         self.dropout_p = float(dropout_p)
