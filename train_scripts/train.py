@@ -20,42 +20,32 @@ from typing import Annotated
 
 import typer
 
-from kn_zoo import cli, data
-from kn_zoo.checkpoints import manifest
+from kn_zoo.training import command as options
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import Recipe, UserError, variant_names
 from kn_zoo.training.report import train_seeds
 from kn_zoo.training.search import run_grid, search_lr, search_lrs
-from kn_zoo.training.trainer import Interrupted, RunConfig
+from kn_zoo.training.trainer import RunConfig
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = options.create_app()
 
 
 @app.command(help=__doc__)
 def main(
-    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, see recipes/")],
-    variant: Annotated[
-        str | None, typer.Argument(help="name of the recipe, if the file contains several")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="run folder (default: runs/NAME)")] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="folder of the data sets (default: $KN_ZOO_DATA, else the cache)"),
-    ] = None,
-    download: Annotated[bool, typer.Option(help="download the data set if missing")] = False,
-    workers: Annotated[int, typer.Option(help="number of processes that load images")] = 0,
+    path: options.RecipePath,
+    variant: options.Variant = None,
+    output: options.Output = None,
+    data_dir: options.DataDir = None,
+    download: options.Download = False,
+    workers: options.Workers = 0,
     seeds: Annotated[
         list[int] | None,
         typer.Option(help="train once per seed, e.g. --seeds 0 1 2; the first one is stored"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="replaces the recipe's epochs")] = None,
-    updates: Annotated[
-        int | None, typer.Option(help="dry run: stop after this many updates, then evaluate")
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="stop after this time; rerun to resume")] = float(
-        "inf"
-    ),
-    save_minutes: Annotated[float, typer.Option(help="time between training states")] = 10.0,
+    epochs: options.Epochs = None,
+    updates: options.Updates = None,
+    minutes: options.Minutes = float("inf"),
+    save_minutes: options.SaveMinutes = 10.0,
     lr_search: Annotated[
         bool,
         typer.Option(
@@ -64,51 +54,29 @@ def main(
             "images; with --table, for every recipe of the file",
         ),
     ] = False,
-    table: Annotated[
-        Path | None,
-        typer.Option(help="train all recipes of the file and write their results to this CSV file"),
-    ] = None,
-    in_package: Annotated[
-        bool, typer.Option(help="write the bundle to kn_zoo/pretrained and the manifest")
-    ] = False,
+    table: options.Table = None,
+    in_package: options.InPackage = False,
 ) -> int:
-    try:
+    def train() -> None:
         variants = variant_names(path) if table and variant is None else [variant]
         recipes = [Recipe.read(path, name).override(epochs, updates) for name in variants]
         recipe, data_config = recipes[0], DataConfig(data_dir, download)
         run_config = RunConfig(workers, save_minutes, minutes)
         folder = output or Path("runs") / (path.stem if table else recipe.name)
-        seeds = seeds or [recipe.seed]
+        chosen_seeds = seeds or [recipe.seed]
         if table and in_package:
             raise UserError("--table stores no weights: omit --in-package")
         if table and lr_search:
             search_lrs(recipes, folder, data_config, run_config, table)
         elif table:
-            run_grid(recipes, folder, data_config, run_config, seeds, table)
+            run_grid(recipes, folder, data_config, run_config, chosen_seeds, table)
         elif lr_search:
             search_lr(recipe, folder, data_config, run_config)
         else:
-            train_seeds(recipe, path, folder, data_config, run_config, seeds, in_package)
-    except Interrupted as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.status
-    except (UserError, data.MissingData, manifest.ManifestError, OSError, ValueError) as error:
-        print(f"train.py: {cli.one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+            train_seeds(recipe, path, folder, data_config, run_config, chosen_seeds, in_package)
 
-
-def spread_seeds(argv: list[str]) -> list[str]:
-    """Rewrite `--seeds 0 1 2` as the repeated option that typer parses."""
-    result: list[str] = []
-    in_seeds = False
-    for word in argv:
-        in_seeds = word == "--seeds" or (in_seeds and word.isdecimal())
-        if in_seeds and word != "--seeds" and result[-1] != "--seeds":
-            result.append("--seeds")
-        result.append(word)
-    return result
+    return options.exit_status(train)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app, spread_seeds(sys.argv[1:]) or ["--help"]))
+    sys.exit(options.run(app))

@@ -19,48 +19,34 @@ from typing import Annotated
 
 import typer
 
-from kn_zoo import cli, data
-from kn_zoo.checkpoints import manifest
 from kn_zoo.segmentation.training import SegmentationRecipe, run_grid, train
+from kn_zoo.training import command as options
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import UserError, variant_names
-from kn_zoo.training.trainer import Interrupted, RunConfig
+from kn_zoo.training.trainer import RunConfig
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = options.create_app()
 
 
 @app.command(help=__doc__)
 def main(
-    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, see recipes/")],
-    variant: Annotated[
-        str | None, typer.Argument(help="name of the recipe, if the file contains several")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="run folder (default: runs/NAME)")] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="folder of the data sets (default: $KN_ZOO_DATA, else the cache)"),
-    ] = None,
-    workers: Annotated[int, typer.Option(help="number of processes that load images")] = 0,
+    path: options.RecipePath,
+    variant: options.Variant = None,
+    output: options.Output = None,
+    data_dir: options.DataDir = None,
+    workers: options.Workers = 0,
     seeds: Annotated[
-        list[int] | None, typer.Option(help="with --table; repeat the option for several")
+        list[int] | None,
+        typer.Option(help="with --table, train once per seed, e.g. --seeds 0 1 2"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="replaces the recipe's epochs")] = None,
-    updates: Annotated[
-        int | None, typer.Option(help="dry run: stop after this many updates, then evaluate")
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="stop after this time; rerun to resume")] = float(
-        "inf"
-    ),
-    save_minutes: Annotated[float, typer.Option(help="time between training states")] = 10.0,
-    table: Annotated[
-        Path | None,
-        typer.Option(help="train all recipes of the file and write their results to this CSV file"),
-    ] = None,
-    in_package: Annotated[
-        bool, typer.Option(help="write the bundle to kn_zoo/pretrained and the manifest")
-    ] = False,
+    epochs: options.Epochs = None,
+    updates: options.Updates = None,
+    minutes: options.Minutes = float("inf"),
+    save_minutes: options.SaveMinutes = 10.0,
+    table: options.Table = None,
+    in_package: options.InPackage = False,
 ) -> int:
-    try:
+    def train_recipes() -> None:
         if table and in_package:
             raise UserError("--table stores no weights: omit --in-package")
         variants = variant_names(path) if table and variant is None else [variant]
@@ -73,14 +59,9 @@ def main(
             run_grid(recipes, folder, data_config, run_config, seeds or [recipes[0].seed], table)
         else:
             train(recipes[0], path, folder, data_config, run_config, in_package)
-    except Interrupted as error:
-        print(f"train_segmentation.py: {error}", file=sys.stderr)
-        return error.status
-    except (UserError, data.MissingData, manifest.ManifestError, OSError, ValueError) as error:
-        print(f"train_segmentation.py: {cli.one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+    return options.exit_status(train_recipes)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app, sys.argv[1:] or ["--help"]))
+    sys.exit(options.run(app))

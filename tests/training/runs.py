@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from kn_zoo import cli
 from kn_zoo.checkpoints import manifest
+from kn_zoo.training import command
 from kn_zoo.training import trainer as training
 from train_scripts import train
 
@@ -31,7 +32,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 def run(*arguments: object) -> int:
     """Exit status of train.py with these arguments."""
-    return cli.run(train.app, train.spread_seeds([str(a) for a in arguments]))
+    return cli.run(train.app, command.spread_seeds([str(a) for a in arguments]))
 
 
 def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
