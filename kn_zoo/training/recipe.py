@@ -104,7 +104,10 @@ class Recipe:
             recipe = cls(**fields)
             return recipe if lr is None else recipe.with_lr(lr)
         except TypeError as error:
-            raise _invalid_recipe(path, error) from None
+            known = ", ".join(cls.__dataclass_fields__)
+            raise UserError(
+                f"{path} is not a recipe ({error}); the fields of a recipe are: {known}"
+            ) from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -182,13 +185,16 @@ def variant_names(path: Path) -> list[str | None]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise _invalid_recipe(path, error) from None
-
-
-def _invalid_recipe(path: Path, error: Exception) -> UserError:
-    fields = ", ".join(Recipe.__dataclass_fields__)
-    return UserError(f"{path} is not a recipe ({error}); the fields of a recipe are: {fields}")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): name a file such as those in "
+            "train_scripts/recipes"
+        ) from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a recipe ({error}): write its fields as YAML, as the files in "
+            "train_scripts/recipes do"
+        ) from None
 
 
 def _merge(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -456,7 +456,7 @@ def test_a_folder_of_another_recipe_is_unchanged(recipe: Path, tmp_path: Path) -
         ("- 1\n", "not a recipe"),
         ("variants: {a.b: {}, a.c: {}}\n", "name one: a.b a.c"),
         ("epochs: 1\n", "'dataset'"),
-        (None, "not a recipe"),
+        (None, "cannot be read"),
     ],
 )
 def test_a_bad_recipe_is_one_line_and_status_2(
