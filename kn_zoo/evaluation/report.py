@@ -1,17 +1,14 @@
-"""Goals, tables and sentences of the documents, all derived from the benchmark's results.
+"""Goals and tables of the documents, all derived from the benchmark's results.
 
-`headline(csv)` is the sentence of README.md about cost, `table(csv)` and `details(csv)` are the
-Markdown of the documents; `python eval/benchmark.py --render` writes tables and plots there.
+`table(csv)` and `details(csv)` are the Markdown of the documents; `python eval/benchmark.py
+--render` writes tables and plots there.
 """
 
 from pathlib import Path
 
-import timm
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from kn_zoo.checkpoints import bundle
 from kn_zoo.checkpoints.files import write_text
 from kn_zoo.evaluation.goals import SMALL_BATCH, sweep_verdict, verdicts
 from kn_zoo.evaluation.measurements import (
@@ -22,7 +19,6 @@ from kn_zoo.evaluation.measurements import (
     VARIANTS,
     Results,
     Setting,
-    Workload,
     read,
 )
 
@@ -33,83 +29,6 @@ NO_GPU = (
 )
 ERRORS = "Largest relative errors of single layers against the paper's formulas in float64:"
 SWEEP_LAYERS = "milliseconds more than the bare convolution, over kernel sizes and over channels"
-RESNET18 = ("knresnet18_cifar", "knresnet18")  # of which the headline states the cost
-
-
-def headline(path: Path) -> str:
-    """Return one sentence on cost: of normalization in one network, and of a KNResNet-18.
-
-    Raises:
-        LookupError: the results lack what the sentence is about.
-    """
-    results = read(path)
-    device = results.header.get("device", results.device).split(",")[0]
-    device = f"{'a GPU' if results.cuda else 'a CPU'} ({device})"
-    return f"Measured on {device}, {_normalization_cost(results)}; {_resnet18_cost(results)}."
-
-
-def _normalization_cost(results: Results) -> str:
-    """Describe what kernel normalization adds to a network, over all that was measured."""
-    ratios = [
-        (ratio.median, setting, variant)
-        for setting, variant in results.by_cell
-        if variant in ("kernel_norm", "frozen")
-        and setting.workload in results.networks
-        and (ratio := results.ratio(setting, variant))
-    ]
-    if not ratios:
-        raise LookupError("no kernel-normalized network was measured beside its bare convolutions")
-    low, high = min(ratios), max(ratios)
-    return (
-        f"kernel normalization adds {_added(low[0])} ({_conditions(*low[1:])}) to "
-        f"{_added(high[0])} ({_conditions(*high[1:])}) to the time of the same network "
-        "with bare convolutions"
-    )
-
-
-def _resnet18_cost(results: Results) -> str:
-    """Compare KNResNet-18 with an ordinary ResNet-18, over all that was measured."""
-    ratios, flops = [], []
-    for workload in results.networks:
-        if workload.model in RESNET18:
-            times = [
-                results.ratio(setting, "kernel_norm", "resnet")
-                for setting, variant in results.by_cell
-                if setting.workload == workload and variant == "resnet"
-            ]
-            measured = [ratio.median for ratio in times if ratio]
-            ratios += measured
-            flops += [flops_ratio(workload)] if measured else []
-    if not ratios:
-        raise LookupError("no KNResNet-18 was measured beside an ordinary ResNet-18")
-    return (
-        f"a KNResNet-18 has {_range(flops)} times the FLOPs of an ordinary ResNet-18 and takes "
-        f"{_range(ratios)} times as long"
-    )
-
-
-def flops_ratio(workload: Workload) -> float:
-    """Return the FLOPs of a `kn*` network relative to the ordinary network of the same depth."""
-    size = (workload.channels, workload.pixels, workload.pixels)
-    with torch.device("meta"):  # shapes are enough
-        kernel_norm, ordinary = (
-            bundle.flops(timm.create_model(name, in_chans=workload.channels), size)
-            for name in (workload.model, workload.model.removeprefix("kn"))
-        )
-    return kernel_norm / ordinary
-
-
-def _added(ratio: float) -> str:
-    return f"{100 * (ratio - 1):.0f} %"
-
-
-def _conditions(setting: Setting, variant: str) -> str:
-    return f"{setting}, frozen" if variant == "frozen" else str(setting)
-
-
-def _range(numbers: list[float]) -> str:
-    low, high = f"{min(numbers):.1f}", f"{max(numbers):.1f}"
-    return low if low == high else f"{low} to {high}"
 
 
 Grid = list[list[str]]  # a heading, then rows of as many cells

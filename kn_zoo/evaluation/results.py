@@ -7,13 +7,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import timm
+import torch
 import yaml
 from matplotlib.figure import Figure
 
 from kn_zoo.checkpoints import bundle, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import measurements
-from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread
+from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread, Workload
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -274,26 +276,43 @@ def cost_row(results: Results, setting: Setting) -> list[str]:
 
 
 def cost_sentence(results: Results) -> str:
-    """What kernel normalization costs, and what a KNResNet-18 costs beside a ResNet-18."""
+    """What kernel normalization costs, and what a KNResNet-18 costs beside a ResNet-18.
+
+    Raises LookupError if the results lack what the sentence is about.
+    """
 
     def added(task: str, variant: str) -> str:
-        return _range(results.ratio(setting, variant) for setting in measured(results, task))
+        return _range([results.ratio(setting, variant) for setting in measured(results, task)])
 
     resnet18 = [s for s in measured(results) if s.workload.model.startswith("knresnet18")]
-    longer = _range(results.ratio(setting, "kernel_norm", "resnet") for setting in resnet18)
+    longer = _range([results.ratio(setting, "kernel_norm", "resnet") for setting in resnet18])
+    flops = sorted({f"{flops_ratio(setting.workload):.1f}" for setting in resnet18})
     return (
         "On a CPU in float32, a network with kernel normalization takes "
         f"{added('infer', 'kernel_norm')} times the time of the same network without "
         f"normalization at inference and {added('train', 'kernel_norm')} times in training "
         f"(BatchNorm: {added('infer', 'batch_norm')} and {added('train', 'batch_norm')}); a "
-        f"KNResNet-18 takes {longer} times the time of an ordinary ResNet-18, because it has about "
-        "twice the FLOPs."
+        f"KNResNet-18 has {' to '.join(flops)} times the FLOPs of an ordinary ResNet-18 and takes "
+        f"{longer} times as long."
     )
 
 
-def _range(ratios: Iterable[Spread | None]) -> str:
+def _range(ratios: Sequence[Spread | None]) -> str:
     known = [ratio.median for ratio in ratios if ratio is not None]
+    if not known:
+        raise LookupError("the benchmark lacks a variant that the sentence on cost is about")
     return f"{min(known):.2f} to {max(known):.2f}"
+
+
+def flops_ratio(workload: Workload) -> float:
+    """Return the FLOPs of a `kn*` network relative to the ordinary network of the same depth."""
+    size = (workload.channels, workload.pixels, workload.pixels)
+    with torch.device("meta"):  # shapes are enough
+        kernel_norm, ordinary = (
+            bundle.flops(timm.create_model(name, in_chans=workload.channels), size)
+            for name in (workload.model, workload.model.removeprefix("kn"))
+        )
+    return kernel_norm / ordinary
 
 
 def measured(results: Results, task: str | None = None) -> list[Setting]:

@@ -31,6 +31,7 @@ from kn_zoo.evaluation import (
 from kn_zoo.evaluation import benchmark_command as command
 from kn_zoo.evaluation.benchmark import Job, Runner
 from kn_zoo.evaluation.measurements import MODES, Results, Row, Setting, Workload
+from kn_zoo.evaluation.results import cost_sentence
 
 ROOT = Path(__file__).parents[2]
 
@@ -341,31 +342,18 @@ def test_cells_of_a_later_run_keep_their_own_baseline() -> None:
     assert renewed.ratio(key(results), "kernel_norm") == (1.2, 1.2, 1.3)
 
 
-def test_the_headline_is_what_the_rows_say(tmp_path: Path) -> None:
-    """One sentence: what normalization adds, and what a KNResNet-18 costs."""
-    path = stored(some_results(), tmp_path / "benchmark_cpu.csv")
-    sentence = report.headline(path)
-    assert sentence.startswith("Measured on a CPU (a machine: fast), kernel normalization adds 5 %")
-    assert "5 % (knresnet18_cifar, batch 64, float32, eager, inference, frozen) to 20 %" in sentence
-    flops = "a KNResNet-18 has 2.0 times the FLOPs of an ordinary ResNet-18 and takes 2.0 times"
-    assert sentence.endswith(f"{flops} as long.")
-    slower = some_results(kernel_norm=[150.0, 300.0, 150.0], resnet=[50.0, 120.0, 50.0])
-    sentence = report.headline(stored(slower, path))
-    assert "to 50 % (" in sentence and "takes 3.0 times as long." in sentence
-    for variant, complaint in (("resnet", "ordinary ResNet-18"), ("conv_only", "bare convol")):
-        with pytest.raises(LookupError, match=complaint):
-            unmeasured: dict[str, Any] = {variant: []}
-            report.headline(stored(some_results(**unmeasured), path))
-
-
-def test_the_headline_of_the_stored_results_agrees_with_their_table() -> None:
-    path = ROOT / "results" / "benchmark_cpu.csv"
-    results, sentence = measurements.read(path), report.headline(path)
-    grids = [report.ratio_grid(results, dtype) for dtype in results.dtypes]
-    cells = [row[3:5] for _, *rows in grids for row in rows]
-    ratios = [float(cell) for pair in cells for cell in pair if cell]
-    low, high = re.findall(r"(-?\d+) % \(", sentence)
-    assert (int(low), int(high)) == (round(100 * min(ratios) - 100), round(100 * max(ratios) - 100))
+def test_the_sentence_on_cost_is_what_the_rows_say() -> None:
+    """What normalization adds, and what a KNResNet-18 costs: other rows, another sentence."""
+    changed = some_results(kernel_norm=[150.0, 300.0, 150.0], resnet=[50.0, 120.0, 50.0])
+    for rows, added, longer in ((some_results(), "1.20", "2.00"), (changed, "1.50", "3.00")):
+        sentence = cost_sentence(rows)
+        assert f"takes {added} to {added} times the time of the same network" in sentence
+        flops = "a KNResNet-18 has 2.0 times the FLOPs of an ordinary ResNet-18 and takes"
+        assert sentence.endswith(f"{flops} {longer} to {longer} times as long.")
+    for variant in ("resnet", "conv_only", "kernel_norm"):
+        unmeasured: dict[str, Any] = {variant: []}
+        with pytest.raises(LookupError, match="lacks a variant"):
+            cost_sentence(some_results(**unmeasured))
 
 
 def test_render_replaces_what_is_between_the_markers_alone(tmp_path: Path) -> None:
