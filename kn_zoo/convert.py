@@ -29,9 +29,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # The kernel-normalized convolution and norm of each kind of convolution.
 KERNEL_NORMALIZED: dict[type[nn.Module], tuple[Any, Any]] = {
-    getattr(nn, f"Conv{d}"): (getattr(layers, f"KNConv{d}"), getattr(layers, f"KernelNorm{d}"))
-    for d in ("2d", "3d")
-    if hasattr(layers, f"KNConv{d}")
+    nn.Conv2d: (layers.KNConv2d, layers.KernelNorm2d),
+    nn.Conv3d: (layers.KNConv3d, layers.KernelNorm3d),
 }
 KERNEL_LAYERS = tuple(layer for pair in KERNEL_NORMALIZED.values() for layer in pair)
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
