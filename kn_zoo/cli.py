@@ -383,7 +383,10 @@ def save(picture: Image.Image, out: Path, image: str, several: bool) -> None:
     if not target.suffix:
         target = target.with_suffix(".png")
     content = io.BytesIO()
-    picture.save(content, format=Image.registered_extensions().get(target.suffix.lower(), "PNG"))
+    try:
+        picture.save(content, format=Image.registered_extensions()[target.suffix.lower()])
+    except (KeyError, OSError):  # an unknown suffix, or one without palettes
+        raise UsageError(f"{target} cannot hold a {picture.mode} image: use .png") from None
     with cli_errors():
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(target, content.getvalue())

@@ -368,6 +368,7 @@ class FeatureMaps(FeatureGetterNet):
     """
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        # TorchScript refuses a class annotation of `model`, which would tell mypy its type.
         return self.model.forward_maps(x, self.out_indices, self.norm)  # type: ignore[operator]
 
 

@@ -96,7 +96,8 @@ class KNConvNeXt(StagedNetwork):
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)  # type: ignore[arg-type]  # all have one
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
         self.to(device=device, dtype=dtype)  # older timm's blocks have no device argument
 
     def prune_intermediate_layers(

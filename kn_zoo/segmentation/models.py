@@ -125,7 +125,8 @@ def create_segmentation_model(
         if checkpoint.dataset.name in CLASSES:
             cfg["label_names"] = CLASSES[checkpoint.dataset.name].names
         kwargs = {**checkpoint.model_args, **kwargs}
-        norm = norm or kwargs.pop("norm", None)
+        trained_norm = kwargs.pop("norm", None)
+        norm = norm or trained_norm
     cfg |= dict(pretrained_cfg_overlay or {})
     model = _build(
         architecture, num_classes or cfg["num_classes"], norm, pretrained_backbone, **kwargs
@@ -153,13 +154,14 @@ def _build(
         arguments["norm_layer"] = TIMM_NORMS[norm]
     elif norm != "kernel":
         arguments["norm"] = norm
-    backbone = timm.create_model(
+    backbone: Any = timm.create_model(
         spec.backbone, pretrained=pretrained_backbone, features_only=True, **arguments
     )
     if norm == "kernel" and "dropout_p" not in kn_args:  # the head's is the backbone's
         layer = next(m for m in backbone.modules() if isinstance(m, KNConv2d))
         kn_args["dropout_p"] = layer.dropout_p
-    model = FCN(backbone, num_classes, norm, spec.raw_maps, **head, **kn_args)  # type: ignore[arg-type]
+    known_norm: Any = norm
+    model = FCN(backbone, num_classes, known_norm, spec.raw_maps, **head, **kn_args)
     model.num_features = head.get("channels", 512)
     return model
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import functional
@@ -53,8 +53,7 @@ def palette(model: nn.Module) -> Palette:
         if classes.names == names:
             return classes.palette
     count = cfg["num_classes"]
-    hues = [Image.new("HSV", (1, 1), (255 * i // count, 200, 230)) for i in range(count)]
-    return [hue.convert("RGB").getpixel((0, 0)) for hue in hues]  # type: ignore[misc]
+    return [ImageColor.getrgb(f"hsv({360 * i // count}, 78%, 90%)")[:3] for i in range(count)]
 
 
 def colors(labels: np.ndarray, palette: Palette) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -25,7 +25,7 @@ from kn_zoo.segmentation.transforms import eval_transform, training_transform
 from kn_zoo.training.batches import Augmented, LoaderBatches, Shard, derive_seed, seeded
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import Recipe, UserError, recipe_settings
-from kn_zoo.training.report import RESULT, is_kernel_normalized
+from kn_zoo.training.report import RESULT, is_kernel_normalized, preprocessing
 from kn_zoo.training.resume import prepare_run_dir
 from kn_zoo.training.trainer import LOG, RunConfig, Trainer, memory_format, write_csv
 
@@ -93,17 +93,7 @@ class AugmentedPairs(Augmented):
 class PairBatches(LoaderBatches):
     """Batches of augmented pairs of image and labels."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        images: Any,
-        transform: Callable,
-        workers: int,
-        device: torch.device,
-        shard: Shard,
-    ) -> None:
-        super().__init__(recipe, images, transform, workers, device, shard)
-        self.augmented = AugmentedPairs(images, transform, recipe.seed)
+    augmented_class = AugmentedPairs
 
 
 class SegmentationTrainer(Trainer):
@@ -294,14 +284,6 @@ def mean_scores(draws: Sequence[Scores], class_names: Sequence[str]) -> dict[str
         },
         "draws": len(draws),
     }
-
-
-def preprocessing(recipe: SegmentationRecipe) -> manifest.Preprocessing:
-    """Return the recipe's preprocessing for the manifest."""
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in recipe.preprocessing.items()
-    }
-    return manifest.Preprocessing(**fields)
 
 
 def write_bundle(

@@ -79,8 +79,23 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+class Augmented(Dataset):
+    """Images by (epoch, position in the epoch, image index), which determine the augmentation."""
+
+    def __init__(self, images: Any, transform: Callable, seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
+        epoch, position, index = key
+        image, target = self.images[index]
+        with seeded(derive_seed(self.seed, epoch, position)):
+            return self.transform(image), target
+
+
 class LoaderBatches:
     """Images decoded and augmented on the CPU, in `workers` processes or (0) this one."""
+
+    augmented_class = Augmented
 
     def __init__(
         self,
@@ -93,7 +108,7 @@ class LoaderBatches:
     ) -> None:
         images.transform = None
         self.recipe, self.images, self.workers = recipe, images, workers
-        self.augmented = Augmented(images, transform, recipe.seed)
+        self.augmented = self.augmented_class(images, transform, recipe.seed)
         self.device, self.shard = device, shard
 
     def __len__(self) -> int:
@@ -113,19 +128,6 @@ class LoaderBatches:
         )
         for images, targets in loader:
             yield to_device(images, targets, self.device)
-
-
-class Augmented(Dataset):
-    """Images by (epoch, position in the epoch, image index), which determine the augmentation."""
-
-    def __init__(self, images: Any, transform: Callable, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
-
-    def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        epoch, position, index = key
-        image, target = self.images[index]
-        with seeded(derive_seed(self.seed, epoch, position)):
-            return self.transform(image), target
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def write_bundle(
             recipe.dataset, recipe.eval_split, len(trainer.test_set), len(trainer.class_names)
         ),
         reported=manifest.Reported("kn_zoo", runs[0].statistics),
-        preprocessing=_preprocessing(recipe),
+        preprocessing=preprocessing(recipe),
         licenses=manifest.Licenses(**recipe.licenses),
         recipe=f"train_scripts/recipes/{recipe_path.name}",
         seeds=tuple(run.seed for run in runs),
@@ -188,7 +188,7 @@ def write_bundle(
     trainer.log(f"wrote {folder or checkpoint.folder}")
 
 
-def _preprocessing(recipe: Recipe) -> manifest.Preprocessing:
+def preprocessing(recipe: Recipe) -> manifest.Preprocessing:
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in recipe.preprocessing.items()
     }

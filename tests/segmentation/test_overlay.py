@@ -64,6 +64,18 @@ def test_unusable_images_get_one_line(
     assert [path.name for path in out.iterdir()] == ["street.png"]
 
 
+@pytest.mark.parametrize("name", ["classes.jpg", "classes.nosuch"])
+def test_a_format_without_palettes_is_refused(
+    name: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "street.png"
+    Image.fromarray(miniatures.pair(7, 45, 60)[0]).save(photo)
+    classes = tmp_path / name
+    assert segment(photo, "--label-map", classes, "--model", f"local-dir:{bundle}") == 2
+    assert capsys.readouterr().err.endswith(f"{classes} cannot hold a P image: use .png\n")
+    assert not classes.exists()
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [("local-dir:nowhere", "train_segmentation.py"), ("fcn_knresnet81", "fcn_knresnet18")],
