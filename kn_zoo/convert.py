@@ -74,7 +74,7 @@ SIZES = {"getattr", "size"}  # they read no values
 BEFORE_HEAD = "before the head"
 
 
-class Fate(NamedTuple):
+class Action(NamedTuple):
     """What becomes of a convolution or a norm."""
 
     kind: str  # "convert", "remove", "kernel norm" or "keep"
@@ -134,14 +134,14 @@ def convert(
 
 
 def _replacements(plan: "_Plan", factory: "_Factory") -> Iterator[tuple[nn.Module, nn.Module]]:
-    for name, fate in plan.fates.items():
+    for name, action in plan.actions.items():
         old = plan.modules[name]
-        if fate.kind == "convert":
+        if action.kind == "convert":
             yield old, factory.conv(old)
-        elif fate.kind == "remove":
+        elif action.kind == "remove":
             yield old, _sequential(*_activation(old))
-        elif fate.kind == "kernel norm":
-            norm = factory.norm(plan.dims, head=fate.reason == BEFORE_HEAD)
+        elif action.kind == "kernel norm":
+            norm = factory.norm(plan.dims, head=action.reason == BEFORE_HEAD)
             yield old, _sequential(norm, *_activation(old))
     for name in plan.normed_inputs:
         old = plan.modules[name]
@@ -248,7 +248,7 @@ def _channels(module: nn.Module, *names: str) -> int | None:
 
 
 class _Plan:
-    """The fate of each convolution and norm of a model, and where a head needs a KernelNorm."""
+    """The action of each convolution and norm of a model, and where a head needs a KernelNorm."""
 
     def __init__(self, model: nn.Module, skip: list[str], grouped: bool) -> None:
         self.modules = dict(model.named_modules())
@@ -261,7 +261,7 @@ class _Plan:
         except Exception:  # a model's code may raise anything when it meets a proxy
             self.graph, self.traced = _module_order(model), False
         self.order = "traced by torch.fx" if self.traced else "in the order of its modules"
-        self.fates: dict[str, Fate] = {}
+        self.actions: dict[str, Action] = {}
         self.normed_stages: list[str] = []  # a KernelNorm is appended to these nn.Sequential
         self.normed_inputs: list[str] = []  # a KernelNorm is put before these modules
         self._plan_norms()
@@ -276,7 +276,7 @@ class _Plan:
         self._plan_heads()
 
     def names(self, kind: str) -> list[str]:
-        return [name for name, fate in self.fates.items() if fate.kind == kind]
+        return [name for name, action in self.actions.items() if action.kind == kind]
 
     def module(self, node: fx.Node) -> Any:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -287,13 +287,13 @@ class _Plan:
             return type(self.module(node)).__name__
         return getattr(node.target, "__name__", str(node.target))
 
-    def fate(self, node: fx.Node) -> str | None:
-        fate = self.fates.get(str(node.target)) if node.op == "call_module" else None
-        return fate and fate.kind
+    def action(self, node: fx.Node) -> str | None:
+        action = self.actions.get(str(node.target)) if node.op == "call_module" else None
+        return action and action.kind
 
-    def set_fate(self, node: fx.Node, kind: str, reason: str) -> None:
+    def set_action(self, node: fx.Node, kind: str, reason: str) -> None:
         name = str(node.target)
-        before = self.fates.setdefault(name, Fate(kind, reason))
+        before = self.actions.setdefault(name, Action(kind, reason))
         if before.kind != kind:
             raise ValueError(
                 f"{name!r} is called more than once, and its calls need different things "
@@ -337,7 +337,7 @@ class _Plan:
     def is_head(self, node: fx.Node) -> bool:
         """Whether a head may begin here: with global pooling, or a layer that is not converted."""
         module = self.module(node)
-        if self.fate(node) == "convert":
+        if self.action(node) == "convert":
             return False
         if module is None:
             return self.operation(node) in HEAD_FUNCTIONS
@@ -345,7 +345,7 @@ class _Plan:
 
     def normalizes(self, node: fx.Node) -> bool:
         """Whether the output of a node is normalized; a removed norm does nothing."""
-        return self.fate(node) != "remove" and "norm" in self.operation(node).lower()
+        return self.action(node) != "remove" and "norm" in self.operation(node).lower()
 
     # Plans.
 
@@ -355,11 +355,11 @@ class _Plan:
             sources = _nearest(norm, _inputs, self.passes)
             convolutions = [node for node in sources if self.is_convolution(node)]
             if self.is_skipped(norm) or any(map(self.is_skipped, convolutions)):
-                self.set_fate(norm, "keep", "skipped")
+                self.set_action(norm, "keep", "skipped")
             elif convolutions and all(map(self.is_candidate, convolutions)):
                 for convolution in convolutions:
-                    self.set_fate(convolution, "convert", "")
-                self.set_fate(norm, "remove", _normalizer(norm, convolutions))
+                    self.set_action(convolution, "convert", "")
+                self.set_action(norm, "remove", _normalizer(norm, convolutions))
             elif not self.traced and any(map(self.is_norm, sources)):
                 raise ValueError(
                     f"{norm.target!r} follows another norm in the order of the model's modules, "
@@ -371,29 +371,29 @@ class _Plan:
             targets = _nearest(norm, _users, self.passes)
             ready = all(self.is_candidate(n) and not self.is_last(n) for n in targets)
             # The norm of a grouped convolution is the next one's, unless that has its own.
-            free = not has_convolution or "convert" not in map(self.fate, targets)
+            free = not has_convolution or "convert" not in map(self.action, targets)
             if targets and ready and free:
                 for convolution in targets:
-                    self.set_fate(convolution, "convert", "")
-                self.set_fate(norm, "remove", _normalizer(norm, targets))
+                    self.set_action(convolution, "convert", "")
+                self.set_action(norm, "remove", _normalizer(norm, targets))
             elif not isinstance(self.module(norm), BATCH_NORMS):
-                self.set_fate(norm, "keep", "does not depend on the batch")
+                self.set_action(norm, "keep", "does not depend on the batch")
             elif not self.traced and not norm.all_input_nodes:
                 raise ValueError(
                     f"the order of the model's modules does not tell what {norm.target!r} "
                     "normalizes, and torch.fx cannot trace the model: skip it"
                 )
             else:
-                later = map(self.fate, _reachable(norm, _users))
+                later = map(self.action, _reachable(norm, _users))
                 reason = "its convolution stays" if has_convolution else "no convolution of its own"
-                self.set_fate(norm, "kernel norm", reason if "convert" in later else BEFORE_HEAD)
+                self.set_action(norm, "kernel norm", reason if "convert" in later else BEFORE_HEAD)
 
     def _plan_convolutions_without_norm(self) -> None:
         """Convert the readers of norms that are gone, such as the convolutions of an FPN."""
         for node in filter(self.is_candidate, self.graph.nodes if self.traced else ()):
             sources = _nearest(node, _inputs, self.passes_or_merges)
-            if "remove" in map(self.fate, sources) and not self.is_last(node):
-                self.set_fate(node, "convert", "")
+            if "remove" in map(self.action, sources) and not self.is_last(node):
+                self.set_action(node, "convert", "")
 
     def _plan_heads(self) -> None:
         heads = set()
@@ -404,13 +404,13 @@ class _Plan:
                 self._plan_head(head)
 
     def _first_head(self, output: fx.Node) -> fx.Node | None:
-        """The first layer of a head on all ways from converted convolutions to an output."""
+        """The first layer of a head on all paths from converted convolutions to an output."""
         raw = self._not_normalized()
         inside = {n for n in _reachable(output, _inputs, within=raw)} if output in raw else set()
         for node in self.graph.nodes:
             if node in inside and self.is_head(node):
                 around = _reachable(output, _inputs, within=inside - {node})
-                if "convert" not in map(self.fate, around):
+                if "convert" not in map(self.action, around):
                     return node
         return None
 
@@ -418,7 +418,7 @@ class _Plan:
         """Nodes whose output comes from a KNConv without a norm in between."""
         raw: set[fx.Node] = set()
         for node in self.graph.nodes:
-            converted = self.fate(node) == "convert"
+            converted = self.action(node) == "convert"
             carries = not self.normalizes(node) and self.operation(node) not in SIZES
             if converted or (carries and not raw.isdisjoint(node.all_input_nodes)):
                 raw.add(node)
@@ -426,19 +426,23 @@ class _Plan:
 
     def _plan_head(self, head: fx.Node) -> None:
         """Put a KernelNorm as near to a head as the model has a place for it."""
-        way = [head]  # backward from the head, as long as there is one input
-        while way[-1] is head or self.passes(way[-1]):
-            way.append(next(n for n in way[-1].all_input_nodes if n in self._not_normalized()))
-        end = way[-1]
+        path = [head]  # backward from the head, as long as there is one input
+        while path[-1] is head or self.passes(path[-1]):
+            path.append(next(n for n in path[-1].all_input_nodes if n in self._not_normalized()))
+        end = path[-1]
         pooled = self.is_head(head) and not isinstance(self.module(head), HEAD_CLASSES)
-        if self.fate(end) == "remove" and self.is_called_once(end) and (self.traced or not pooled):
-            self.fates[str(end.target)] = Fate("kernel norm", BEFORE_HEAD)
+        if (
+            self.action(end) == "remove"
+            and self.is_called_once(end)
+            and (self.traced or not pooled)
+        ):
+            self.actions[str(end.target)] = Action("kernel norm", BEFORE_HEAD)
             return
-        for node in way[1:]:
+        for node in path[1:]:
             if stage := self._stage_that_ends(node):
                 self.normed_stages.append(stage)
                 return
-        for node in sorted(way[:-1], key=lambda n: not isinstance(self.module(n), nn.Identity)):
+        for node in sorted(path[:-1], key=lambda n: not isinstance(self.module(n), nn.Identity)):
             module = self.module(node)
             if module and self.is_called_once(node) and not list(module.parameters()):
                 self.normed_inputs.append(str(node.target))
@@ -561,14 +565,19 @@ Row = tuple[str, str, str, str]
 def _rows(plan: _Plan, new: dict[nn.Module, nn.Module]) -> Iterator[Row]:
     """For the table: each convolution and norm, what it was, what it is, and why."""
     for name, module in plan.modules.items():
-        fate = plan.fates.get(name)
+        action = plan.actions.get(name)
         if name in plan.normed_stages:
             kernel_norm = next(iter(KERNEL_NORMALIZED[plan.dims][1:])).__name__
             yield f"{name}.kernel_norm", "", kernel_norm, BEFORE_HEAD
         elif module in new:
-            yield name, _label(module), _label(new[module]), fate.reason if fate else BEFORE_HEAD
-        elif fate:
-            yield name, _label(module), "", fate.reason
+            yield (
+                name,
+                _label(module),
+                _label(new[module]),
+                action.reason if action else BEFORE_HEAD,
+            )
+        elif action:
+            yield name, _label(module), "", action.reason
         elif isinstance(module, CONVOLUTIONS) and not isinstance(module, KERNEL_LAYERS):
             skipped = any(_matches(name, pattern) for pattern in plan.skip)
             grouped = "grouped" if module.groups > 1 else "no norm beside it"
