@@ -255,7 +255,7 @@ def replaced(text: str, section: str, content: str) -> str:
 
 
 def texts() -> dict[Path, str]:
-    """What each file that is generated, or partly, has to hold."""
+    """Content of each file that is generated as a whole or in part."""
     pages = {results.PAGE: results.page()}
     for name, parts in PARTS.items():
         text = (ROOT / name).read_text(encoding="utf-8")

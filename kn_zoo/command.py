@@ -1,4 +1,4 @@
-"""What the commands share: run a typer app, and report errors in one line."""
+"""Run typer apps, and report errors as one line."""
 
 import contextlib
 import os

@@ -75,7 +75,7 @@ BEFORE_HEAD = "before the head"
 
 
 class Action(NamedTuple):
-    """What becomes of a convolution or a norm."""
+    """Replacement, or not, of a convolution or a norm."""
 
     kind: str  # "convert", "remove", "kernel norm" or "keep"
     reason: str
@@ -186,7 +186,7 @@ class _Factory(NamedTuple):
 
 
 def _activation(norm: nn.Module) -> Iterator[nn.Module]:
-    """What a norm of timm does to its output: dropout and activation."""
+    """Dropout and activation that a norm of timm applies to its output."""
     for name in ("drop", "act"):
         part = getattr(norm, name, None)
         if isinstance(part, nn.Module) and not isinstance(part, nn.Identity):

@@ -44,7 +44,7 @@ Gradients = dict[Tensor, Tensor]  # by parameter
 
 
 class UnitStatistics(NamedTuple):
-    """What a private layer keeps of one forward pass."""
+    """Statistics that a private layer keeps from one forward pass."""
 
     mu: Tensor  # (N, 1, H', W')
     rstd: Tensor  # (N, 1, H', W')
@@ -100,7 +100,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 @register_module_validator([KNConv2d, ReferenceKNConv2d])
 def _make_private(layer: KNConv2d) -> list[UnsupportedModuleError]:
-    """Opacus validates a model before it adds its hooks: the moment for a layer to change."""
+    """Change the layer in place; Opacus calls validators before it adds its hooks."""
     layer.__class__ = PrivateKNConv2d
     cast(PrivateKNConv2d, layer).kept = []
     return []

@@ -36,7 +36,7 @@ OUT_OF_TIME = "not measured: out of time; allow more with --minutes, or select f
 
 
 class Job(NamedTuple):
-    """What is measured in turns: some variants of one setting, the bare convolutions included."""
+    """Variants of one setting that are measured in turns, the bare convolutions included."""
 
     setting: Setting
     variants: tuple[str, ...]

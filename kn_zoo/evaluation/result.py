@@ -50,7 +50,7 @@ class Score:
 
 @dataclass
 class Result:
-    """What was recomputed of one checkpoint, and what differs. Images are numbered from 0.
+    """Recomputed parts of one checkpoint, and the differences. Images are numbered from 0.
 
     `status` is "match", "mismatch", "corrupt" (a file is not the manifest's), or "skipped" (the
     accuracy could not be recomputed, and the rest matches).

@@ -276,7 +276,7 @@ def cost_row(results: Results, setting: Setting) -> list[str]:
 
 
 def cost_sentence(results: Results) -> str:
-    """What kernel normalization costs, and what a KNResNet-18 costs beside a ResNet-18.
+    """Cost of kernel normalization, and of a KNResNet-18 beside a ResNet-18, in one sentence.
 
     Raises LookupError if the results lack what the sentence is about.
     """

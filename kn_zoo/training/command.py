@@ -1,4 +1,4 @@
-"""What the training commands share: options, and errors as one line with an exit status."""
+"""Options of the training commands, and errors as one line with an exit status."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -434,7 +434,7 @@ def test_memory_format_is_kept(drawn: Any) -> None:
 @given(convolutions(), st.sampled_from([0.0, 100.0]))
 @settings(max_examples=60, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(drawn: Any, offset: Any) -> None:
-    """Neighbours far from zero mean take the careful path; the sample itself must not notice.
+    """Neighbours far from zero mean are shifted; the sample itself must not notice.
 
     A window of one number has no variance: its rstd of 316 enlarges what rounding leaves of zero.
     """
@@ -532,7 +532,7 @@ def test_expected_statistics_are_the_mean_of_sampled_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cure"),
+    ("arguments", "fix"),
     [
         ({"padding_mode": "reflect"}, "use padding_mode='zeros'"),
         ({"padding": -1}, "non-negative"),
@@ -553,11 +553,11 @@ def test_expected_statistics_are_the_mean_of_sampled_ones() -> None:
         ({"inference_statistics": "best"}, "expected"),
     ],
 )
-def test_unsupported_settings_name_the_cure(arguments: Any, cure: Any) -> None:
-    with pytest.raises(ValueError, match=cure):
+def test_unsupported_settings_name_the_fix(arguments: Any, fix: Any) -> None:
+    with pytest.raises(ValueError, match=fix):
         KNConv2d(3, 4, 3, **arguments)
     if "padding_mode" not in arguments:
-        with pytest.raises(ValueError, match=cure):
+        with pytest.raises(ValueError, match=fix):
             KernelNorm2d(3, **arguments)
 
 
