@@ -1,6 +1,5 @@
 """Figures of the benchmark's results; every axis of times and memory starts at 0."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from kn_zoo.evaluation.measurements import (
     Workload,
 )
 from kn_zoo.evaluation.report import inputs
+from kn_zoo.evaluation.results import save
 
 COLORS = dict(zip(VARIANTS, ["0.6", "C0", "C9", "C2", "C4", "C5", "C3"], strict=True))
 RATIO_LIMIT = 1.7  # of the axis of ratios; a longer bar is cut there and bears its number
@@ -38,9 +38,7 @@ def plot(results: Results, path: Path) -> list[Path]:
         if figure is None:
             continue
         written.append(path.with_name(f"{path.stem}{suffix}.png"))
-        temporary = written[-1].with_name(f".{written[-1].name}")
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-        os.replace(temporary, written[-1])
+        save(figure, written[-1])
     return written
 
 

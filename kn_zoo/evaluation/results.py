@@ -1,7 +1,7 @@
 """docs/results.md and its figures, from the manifest, the bundles and the tables in results/."""
 
 import csv
-import os
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,7 +12,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from kn_zoo.checkpoints import bundle, manifest
+from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import measurements
 from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread, Workload
@@ -120,26 +120,26 @@ def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row])
     for size in {int(row["batch_size"]) for row in rows}:
         best_norm = max(norms, key=lambda norm: mean_top1(rows, norm, size))
         winners.setdefault(best_norm, set()).add(size)
-    told = [
+    phrases = [
         f"{NORMS[norm]} at batch size {listed(map(str, sorted(winners[norm])))}"
         for norm in NORMS
         if norm in winners
     ]
-    return f"The most accurate in the comparisons on this page: {'; '.join(told)}."
+    return f"The most accurate in the comparisons on this page: {'; '.join(phrases)}."
 
 
 def difference(group: Sequence[Checkpoint]) -> str:
     """One list item: the accuracy of a kernel-normalized network beside that of its baselines."""
     kernel, *baselines = group
     recipe = settings(kernel)
-    told = [
+    phrases = [
         f"{abs(top1(kernel) - top1(c)):.2f} points {'below' if top1(kernel) < top1(c) else 'above'}"
         f" {NORMS[c.norm]} ({top1(c):.2f})"
         for c in baselines
     ]
     return (
         f"- `{kernel.name}`, {recipe['epochs']} epochs at batch size {recipe['batch_size']}: "
-        f"top-1 {top1(kernel):.2f} %, {listed(told)}."
+        f"top-1 {top1(kernel):.2f} %, {listed(phrases)}."
     )
 
 
@@ -515,7 +515,7 @@ def panels(count: int, title: str) -> tuple[Figure, Any]:
 
 def save(figure: Figure, path: Path, dpi: int = 110) -> Path:
     """Write a figure as a PNG file, as a whole or not at all."""
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=dpi, format="png", metadata={"Software": None})
-    os.replace(beside, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png", metadata={"Software": None})
+    files.write_bytes(path, buffer.getvalue())
     return path

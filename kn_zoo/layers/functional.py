@@ -136,9 +136,9 @@ def split_dropout(dropout_p: float, statistics: str) -> tuple[float, float]:
 
 def zero_mean_weight(weight: Tensor) -> Tensor:
     """Return every filter minus its mean over its own inputs, (O, C, *kernel_size)."""
-    wide = upcast(weight)
+    full = upcast(weight)
     dims = list(range(1, weight.dim()))
-    return (wide - wide.mean(dims, keepdim=True)).to(weight.dtype)
+    return (full - full.mean(dims, keepdim=True)).to(weight.dtype)
 
 
 def channel_moments(x: Tensor, p: float, dropout: str = "mask") -> tuple[Tensor, Tensor]:

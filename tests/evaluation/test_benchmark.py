@@ -318,9 +318,9 @@ def stored(results: Results, path: Path) -> Path:
 
 def test_the_csv_gives_the_results_back(tmp_path: Path) -> None:
     results = some_results()
-    again = measurements.read(stored(results, tmp_path / "benchmark_cpu.csv"))
-    assert (again.header, again.rows) == (results.header, results.rows)
-    assert again.to_csv() == results.to_csv()
+    reread = measurements.read(stored(results, tmp_path / "benchmark_cpu.csv"))
+    assert (reread.header, reread.rows) == (results.header, results.rows)
+    assert reread.to_csv() == results.to_csv()
 
 
 def test_cells_of_a_later_run_keep_their_own_baseline() -> None:

@@ -24,12 +24,12 @@ PIXELS = dict(input_size=(3, 45, 60), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 @pytest.mark.parametrize("flat", [False, True])
 def test_camvid_splits(tmp_path: Path, flat: bool) -> None:
     root = miniatures.camvid(tmp_path, flat=flat)
-    found = {
+    members = {
         s: [p.stem for p, _ in data.load("camvid", s, root).files] for s in data.SPLITS["camvid"]
     }
-    assert {s: tuple(found[s]) for s in ("train", "val", "test")} == miniatures.CAMVID_NAMES
-    assert found["held_out"] == ["0006R0_f00930", "0006R0_f00960"]
-    assert sorted(found["fit"] + found["held_out"]) == found["train"]
+    assert {s: tuple(members[s]) for s in ("train", "val", "test")} == miniatures.CAMVID_NAMES
+    assert members["held_out"] == ["0006R0_f00930", "0006R0_f00960"]
+    assert sorted(members["fit"] + members["held_out"]) == members["train"]
     assert len(data.load("camvid", "train[::2]", root)) == 3
     assert len(data.load("camvid", "train", root / "camvid")) == 5
 
@@ -93,15 +93,15 @@ def test_joint_transforms_keep_image_and_labels_aligned(seed: int) -> None:
     image = (50 + 40 * labels)[None].repeat(3, 1, 1)  # void would be black
     transform = training_transform(AUGMENTATION, PIXELS, void=11)
     torch.manual_seed(seed)
-    pixels, found = transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
-    assert pixels.shape == (3, 56, 56) and found.shape == (56, 56) and found.dtype == torch.int64
+    pixels, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
+    assert pixels.shape == (3, 56, 56) and mask.shape == (56, 56) and mask.dtype == torch.int64
     # void exactly where padding is; inside, the class whose grey level is nearest, but for pixels
     # that lie on an edge and are a mixture of both sides
-    assert torch.equal(found == 11, pixels[0] == 0)
+    assert torch.equal(mask == 11, pixels[0] == 0)
     nearest = ((255 * pixels[0] - 50) / 40).round().long().clamp(0, 3)
-    wrong = (found != 11) & (nearest != found)
-    inner = (found[1:-1, 1:-1] == found[:-2, 1:-1]) & (found[1:-1, 1:-1] == found[2:, 1:-1])
-    inner &= (found[1:-1, 1:-1] == found[1:-1, :-2]) & (found[1:-1, 1:-1] == found[1:-1, 2:])
+    wrong = (mask != 11) & (nearest != mask)
+    inner = (mask[1:-1, 1:-1] == mask[:-2, 1:-1]) & (mask[1:-1, 1:-1] == mask[2:, 1:-1])
+    inner &= (mask[1:-1, 1:-1] == mask[1:-1, :-2]) & (mask[1:-1, 1:-1] == mask[1:-1, 2:])
     assert not (wrong[1:-1, 1:-1] & inner).any()
     assert wrong.float().mean() < 0.05
 
@@ -118,9 +118,9 @@ def test_labels_are_scaled_by_nearest_exact() -> None:
 def test_evaluation_resizes_images_only() -> None:
     image = tv_tensors.Image(torch.full((3, 90, 120), 51, dtype=torch.uint8))
     labels = tv_tensors.Mask(torch.full((90, 120), 11, dtype=torch.uint8))
-    pixels, found = eval_transform(PIXELS)(image, labels)
+    pixels, mask = eval_transform(PIXELS)(image, labels)
     torch.testing.assert_close(pixels, torch.full((3, 45, 60), 0.2))
-    assert found.shape == (90, 120) and (found == 11).all()
+    assert mask.shape == (90, 120) and (mask == 11).all()
 
 
 def test_an_unknown_augmentation_is_named() -> None:

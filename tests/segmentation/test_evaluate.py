@@ -65,9 +65,9 @@ def results(seed: int = 0, images: int = 3) -> list[Segmented]:
     return [Segmented(torch.from_numpy(s), t) for s, t in zip(scores, labels, strict=True)]
 
 
-def stored(found: list[Segmented]) -> LabelMaps:
+def stored(segmented: list[Segmented]) -> LabelMaps:
     """As they come back from a bundle."""
-    return LabelMaps.read(BytesIO(collect_label_maps(iter(found), CLASSES).to_bytes()))
+    return LabelMaps.read(BytesIO(collect_label_maps(iter(segmented), CLASSES).to_bytes()))
 
 
 def leading(result: Segmented, gap: float, y: int = 2, x: int = 3) -> Segmented:
@@ -79,53 +79,53 @@ def leading(result: Segmented, gap: float, y: int = 2, x: int = 3) -> Segmented:
 
 
 def test_the_same_maps_match() -> None:
-    found = results()
-    comparison = compare(iter(found), stored(found))
+    segmented = results()
+    comparison = compare(iter(segmented), stored(segmented))
     assert comparison.matches and comparison.reordered == 0 and comparison.miou_difference == 0
     assert comparison.images == 3 and comparison.miou_bound == 0
 
 
 def test_a_flip_at_a_near_tie_passes_and_is_counted() -> None:
-    found = results()
-    before = [leading(found[0], NEAR_TIE / 4), *found[1:]]
-    after = [leading(found[0], -NEAR_TIE / 4), *found[1:]]
+    segmented = results()
+    before = [leading(segmented[0], NEAR_TIE / 4), *segmented[1:]]
+    after = [leading(segmented[0], -NEAR_TIE / 4), *segmented[1:]]
     comparison = compare(iter(after), stored(before))
     assert comparison.matches and comparison.reordered == 1 and comparison.near_ties >= 1
     assert 0 < comparison.miou_difference <= comparison.miou_bound < 100
 
 
 def test_one_pixel_beyond_a_near_tie_fails() -> None:
-    found = results()
-    before = [found[0], leading(found[1], 2 * NEAR_TIE), found[2]]
-    after = [found[0], leading(found[1], -2 * NEAR_TIE), found[2]]
+    segmented = results()
+    before = [segmented[0], leading(segmented[1], 2 * NEAR_TIE), segmented[2]]
+    after = [segmented[0], leading(segmented[1], -2 * NEAR_TIE), segmented[2]]
     comparison = compare(iter(after), stored(before))
     assert comparison.mismatches == (1,) and not comparison.matches
 
 
 def test_permuted_images_fail() -> None:
-    found = results()
-    comparison = compare(iter([found[1], found[0], found[2]]), stored(found))
+    segmented = results()
+    comparison = compare(iter([segmented[1], segmented[0], segmented[2]]), stored(segmented))
     assert comparison.mismatches == (0, 1)
 
 
 def test_shifted_labels_fail() -> None:
-    found = results()
-    shifted = [Segmented(r.scores, np.roll(r.labels, 1, axis=1)) for r in found]
-    assert compare(iter(shifted), stored(found)).mismatches == (0, 1, 2)
+    segmented = results()
+    shifted = [Segmented(r.scores, np.roll(r.labels, 1, axis=1)) for r in segmented]
+    assert compare(iter(shifted), stored(segmented)).mismatches == (0, 1, 2)
 
 
 def test_wrong_stored_numbers_fail() -> None:
-    found, maps = results(), stored(results())
+    segmented, maps = results(), stored(results())
     confusion = maps.confusion.copy()
     confusion[2, 0, 0] += 1
-    assert compare(iter(found), replace(maps, confusion=confusion)).mismatches == (2,)
+    assert compare(iter(segmented), replace(maps, confusion=confusion)).mismatches == (2,)
     beyond = maps.maps.copy()
     beyond[0, 1, 1] = CLASSES
-    assert compare(iter(found), replace(maps, maps=beyond)).mismatches == (0,)
-    assert compare(iter(found[:2]), maps).mismatches == (2,)
-    assert compare(iter([*found, found[0]]), maps).mismatches == (3,)
-    nan = Segmented(torch.full_like(found[0].scores, torch.nan), found[0].labels)
-    assert compare(iter([nan, *found[1:]]), maps).mismatches == (0,)
+    assert compare(iter(segmented), replace(maps, maps=beyond)).mismatches == (0,)
+    assert compare(iter(segmented[:2]), maps).mismatches == (2,)
+    assert compare(iter([*segmented, segmented[0]]), maps).mismatches == (3,)
+    nan = Segmented(torch.full_like(segmented[0].scores, torch.nan), segmented[0].labels)
+    assert compare(iter([nan, *segmented[1:]]), maps).mismatches == (0,)
 
 
 def test_files_that_are_no_label_maps_are_refused() -> None:

@@ -159,8 +159,8 @@ def test_all_options_reach_backbone_and_head() -> None:
     layers = [m for m in model.modules() if isinstance(m, kn_zoo.KNConv2d)]
     heads = [m for m in model.modules() if isinstance(m, FCNHead)]
     assert len(heads) == 3 and all(isinstance(head.conv, kn_zoo.KNConv2d) for head in heads)
-    found = {(m.dropout_p, m.dropout, m.inference_statistics) for m in layers}
-    assert found == {(0.2, "gaussian", "plain")}
+    settings = {(m.dropout_p, m.dropout, m.inference_statistics) for m in layers}
+    assert settings == {(0.2, "gaussian", "plain")}
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
     assert not norms and model.pretrained_cfg["num_classes"] == 11
 

@@ -111,7 +111,7 @@ def test_label_maps_have_the_images_size() -> None:
     torch.manual_seed(0)
     model = create_segmentation_model("fcn_preactresnet18_slim", widths=(8, 8, 8, 8), channels=8)
     model.pretrained_cfg["input_size"] = (3, 32, 64)
-    found = overlay.label_map(model.eval(), Image.new("RGB", (200, 50)))
-    assert found.shape == (50, 200) and found.max() < 11
+    label_map = overlay.label_map(model.eval(), Image.new("RGB", (200, 50)))
+    assert label_map.shape == (50, 200) and label_map.max() < 11
     assert overlay.fitting_size(Image.new("RGB", (200, 50)), 32) == (32, 128)
     assert len(set(overlay.palette(model))) == 11

@@ -95,8 +95,8 @@ def test_a_run_its_bundle_and_its_verification(tmp_path: Path, data_config: Data
     model = load_bundle(home)
     assert not model.training and model.pretrained_cfg["label_names"][3] == "road"
     images = data.load("camvid", "test", data_config.data_dir)
-    found = segment(model, images, eval_transform(model.pretrained_cfg))
-    comparison = compare(found, maps)
+    results = segment(model, images, eval_transform(model.pretrained_cfg))
+    comparison = compare(results, maps)
     assert comparison.matches and comparison.images == 3
     with torch.no_grad():
         model.head.classifier.bias[0] += 1.0

@@ -93,7 +93,7 @@ def test_resuming_after_ctrl_c_is_bit_exact(
     assert run(recipe, "--output", parts) == 0
     assert_same_result(whole, parts)
     log = np.genfromtxt(whole / training.LOG, delimiter=",", names=True)
-    # One process writes several files within a second: their names do not sort by time, so keep all events.
+    # Files that one process writes within a second do not sort by time: keep all events.
     events = EventAccumulator(str(parts / "tensorboard"), purge_orphaned_data=False).Reload()
     for name in ("loss", "top1", "lr"):
         logged = {event.step: event.value for event in events.Scalars(f"epoch/{name}")}
@@ -239,8 +239,8 @@ def test_two_processes_match_one_and_evaluate_each_image_once(tmp_path: Path) ->
     test = data.Digits(train=False)
     assert stored[1].targets.tolist() == test.targets
     model = timm.create_model(f"local-dir:{two / 'bundle'}", pretrained=True)
-    again = evaluate.predict(model, test)
-    assert not len(predictions.compare(again, stored[1]).mismatches)
+    recomputed = evaluate.predict(model, test)
+    assert not len(predictions.compare(recomputed, stored[1]).mismatches)
 
 
 def torchrun() -> list[str]:
