@@ -89,7 +89,21 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
     assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
     answer = results.most_accurate([], rows)
     assert "kernel normalization at batch size 2; BatchNorm at batch size 256." in answer
-    assert len(results.small_batch(rows).axes[0].lines) == 2 * (1 + 2)
+    assert len(results.by_batch_size(rows, "top1", "").axes[0].lines) == 2 * (1 + 2)
+
+
+def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None:
+    runs = [("kernel", 8, 40.0), ("batch", 8, 45.0), ("kernel", 2, 42.0), ("batch", 2, 30.25)]
+    rows = [
+        {"norm": norm, "batch_size": str(size), "miou": str(miou), "seed": "0", "epochs": "60"}
+        for norm, size, miou in runs
+    ]
+    machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
+    text = "\n".join(results.camvid_section(rows, machine))
+    assert "| 2 | 42.0 | 30.2 |" in text and "| 8 | 40.0 | 45.0 |" in text
+    assert "kernel normalization +2.0 and BatchNorm -14.8 points" in text
+    assert "at batch size 2 is kernel normalization, at batch size 8 BatchNorm." in text
+    assert results.by_batch_size(rows, "miou", "").axes[0].get_ylabel() == "mean IoU %"
 
 
 def test_the_sentence_on_cost_is_that_of_the_table() -> None:

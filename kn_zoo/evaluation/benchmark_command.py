@@ -52,10 +52,10 @@ from kn_zoo.evaluation.variants import input_size
 
 ROOT = Path(__file__).parents[2]
 LAYERS = "layers"  # on the command line: the sweep over single layers
-MODELS = ["knresnet18_cifar", "knresnet50", "knresnet18", "knresnet50_cifar", LAYERS]
+MODELS = ["knresnet18_cifar", "knresnet50", "knresnet18", LAYERS]
 SWEEP = [*(Layer(kernel, 64) for kernel in (1, 3, 5, 7)), Layer(3, 16), Layer(3, 256)]
 SWEEP_PIXELS = 32
-BATCH = {"cpu": {32: 64, 224: 16}, "cuda": {32: 256, 224: 64}}  # by side of the image, in pixels
+BATCH = {"cpu": {32: 32, 224: 8}, "cuda": {32: 256, 224: 64}}  # by side of the image, in pixels
 QUICK_BATCH = 8
 CHECKED = {"eager": (1, 3, 5, 7), "compiled": (3,)}  # kernel sizes; --quick checks the eager ones
 MINUTES = {"quick": 1.6, "cpu": 60.0, "cuda": 7.5}
