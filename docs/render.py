@@ -98,6 +98,28 @@ def accuracies_row(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def segmentation_table() -> str:
+    """Scores of the segmentation checkpoints, and where their settings are."""
+    rows = [
+        [
+            f"`{checkpoint.name}`",
+            f"{checkpoint.dataset.name} {checkpoint.dataset.split}, {checkpoint.dataset.images}",
+            f"{scores.miou:.2f}",
+            f"{accuracy.top1:.2f}",
+            f"{scores.class_accuracy:.2f}",
+            f"{checkpoint.parameters:,}",
+            manifest.gflops(checkpoint.flops),
+        ]
+        for checkpoint in manifest.load().values()
+        for name, accuracy in checkpoint.reported.statistics.items()
+        if name == "expected" and (scores := accuracy.segmentation)
+    ]
+    if not rows:
+        return "No segmentation checkpoint is in the manifest yet."
+    head = "name|data, images|mIoU %|pixel accuracy %|class accuracy %|parameters|GFLOPs"
+    return table(head, rows)
+
+
 def sources() -> str:
     """Which checkpoints are on the Hub, which are in the package, which are imported."""
     checkpoints = manifest.load().values()
@@ -241,6 +263,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "sources": sources,
     },
     "docs/recipe.md": {"fields": recipe_table},
+    "docs/segmentation.md": {"checkpoints": segmentation_table},
 }
 
 
