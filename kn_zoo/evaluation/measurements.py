@@ -18,6 +18,7 @@ VARIANTS = {  # what is compared, most important first; see kn_zoo/evaluation/va
     "conv_only": "conv only",
     "kernel_norm": "kernel norm",
     "frozen": "kernel norm, frozen",
+    "gaussian": "kernel norm, gaussian",
     "batch_norm": "BatchNorm",
     "group_norm": "GroupNorm",
     "resnet": "ordinary ResNet",
@@ -74,9 +75,9 @@ class Setting(NamedTuple):
     @property
     def variants(self) -> list[str]:
         """Names of the variants that exist here."""
-        absent = set() if self.task == "infer" else {"frozen"}
+        absent = {"gaussian" if self.task == "infer" else "frozen"}
         if self.layer:
-            absent |= {"frozen", "resnet"}
+            absent |= {"frozen", "gaussian", "resnet"}
         elif not self.workload.model.startswith("knresnet"):
             absent |= {"resnet"}
         return [variant for variant in VARIANTS if variant not in absent]

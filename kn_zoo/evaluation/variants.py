@@ -6,6 +6,7 @@ KNConv2d computes itself follows its replacement, in place:
     conv_only    bare convolutions, without the final KernelNorm
     kernel_norm  kn_zoo's layer
     frozen       `kn_zoo.freeze` of it, for inference
+    gaussian     the same with `dropout="gaussian"`, in training
     batch_norm   BatchNorm after each convolution, without its bias; no final KernelNorm
     group_norm   GroupNorm with 32 groups, or the largest smaller number that divides the channels
     resnet       another network: the ordinary ResNet of the same depth, timm's, or kn_zoo's at
@@ -64,8 +65,15 @@ def unfold(layer: KNConv2d) -> nn.Module:
     return layer
 
 
+def gaussian(layer: KNConv2d) -> nn.Module:
+    layer.dropout = "gaussian"
+    return layer
+
+
+KERNEL_NORM = ("gaussian", "unfold")  # variants that keep ReLUs inside KNConv2d, and KernelNorm2d
 REPLACEMENTS: dict[str, Callable[[KNConv2d], nn.Module]] = {
     "conv_only": conv_only,
+    "gaussian": gaussian,
     "batch_norm": batch_norm,
     "group_norm": group_norm,
     "unfold": unfold,
@@ -93,10 +101,10 @@ def build(name: str, variant: str) -> nn.Module:
     for path, module in list(network.named_modules()):
         if isinstance(module, KNConv2d):
             replacement = REPLACEMENTS[variant](module)
-            if module.relu and variant != "unfold":
+            if module.relu and variant not in KERNEL_NORM:
                 replacement = nn.Sequential(replacement, nn.ReLU(inplace=True))
             network.set_submodule(path, replacement)
-        elif isinstance(module, KernelNorm2d) and variant != "unfold":
+        elif isinstance(module, KernelNorm2d) and variant not in KERNEL_NORM:
             network.set_submodule(path, nn.Identity())
     return network
 

@@ -124,6 +124,13 @@ def test_unfold_and_the_frozen_network_compute_what_kernel_norm_does(variant: st
     torch.testing.assert_close(other(x), network(x), atol=1e-4, rtol=1e-4)
 
 
+def test_the_gaussian_network_is_kernel_norm_with_another_dropout() -> None:
+    network = variants.build("knresnet8_cifar", "gaussian")
+    kernel_norm = variants.build("knresnet8_cifar", "kernel_norm")
+    assert {m.dropout for m in network.modules() if isinstance(m, KNConv2d)} == {"gaussian"}
+    assert [*map(type, network.modules())] == [*map(type, kernel_norm.modules())]
+
+
 def test_the_ordinary_resnet_is_the_network_without_kernel_normalization() -> None:
     assert type(variants.build("knresnet18", "resnet")) is timm.models.ResNet
     with pytest.raises(LookupError, match="resnet8_cifar"):
@@ -209,6 +216,7 @@ def some_results(batch_size: int = 64, **changes: Any) -> Results:
         "conv_only": [100.0, 200.0, 100.0],
         "kernel_norm": [120.0, 240.0, 130.0],
         "frozen": [105.0] * 3,
+        "gaussian": [110.0] * 3,
         "batch_norm": [150.0] * 3,
         "group_norm": [150.0, 250.0, 150.0],
         "resnet": [60.0, 120.0, 60.0],
@@ -269,7 +277,12 @@ def test_ratios_are_of_one_round() -> None:
         ({}, "time / GroupNorm", True),
         ({"group_norm": [119.0, 238.0, 119.0]}, "time / GroupNorm", False),
         ({"batch_size": 2}, "training, eager: time / GroupNorm", True),
-        ({"batch_size": 2, "kernel_norm": [230.0, 400.0, 230.0]}, "training, eager: time", False),
+        ({"batch_size": 2, "kernel_norm": [230.0, 400.0, 230.0]}, "training, eager: time", True),
+        (
+            {"batch_size": 2, "kernel_norm": [230.0, 400.0, 230.0], "gaussian": [240.0] * 3},
+            "training, eager: time",
+            False,
+        ),
         ({"batch_size": 2}, "training, compiled: time / GroupNorm", None),
     ],
 )
