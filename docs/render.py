@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 import kn_zoo
 from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
-from kn_zoo.evaluation import measurements, results
+from kn_zoo.evaluation import measurements, private_benchmark, results
 from kn_zoo.evaluation.results import STATISTICS, table
 from kn_zoo.training.recipe import Recipe
 
@@ -212,6 +212,26 @@ def recipe_fields() -> Iterator[tuple[str, str, str, str]]:
             yield node.target.id, ast.unparse(node.annotation), default, meaning
 
 
+# Private training
+
+
+def private_cost() -> str:
+    """Times and memory of private training steps, and where they were measured."""
+    path = ROOT / "results" / "private_cpu.csv"
+    if not path.exists():
+        return "Not measured yet: `python eval/benchmark.py --private`."
+    measured = private_benchmark.from_csv(path.read_text(encoding="utf-8"))
+    header = results.as_mapping(results.comments(path))
+    machine = "; ".join(header[name] for name in ("device", "versions", "date"))
+    count = len(measured[0].samples_ms)
+    return (
+        f"A training step of `{private_benchmark.NETWORK}` with {private_benchmark.BATCH_SIZE} "
+        f"images of 32 x 32, float32, medians of {count} rounds in which the cases take turns; "
+        "`none` is a step without privacy. Memory is what the steps add to the process.\n\n"
+        f"{private_benchmark.table(measured)}\n\n{machine}."
+    )
+
+
 # Figure
 
 
@@ -264,6 +284,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/recipe.md": {"fields": recipe_table},
     "docs/segmentation.md": {"checkpoints": segmentation_table},
+    "docs/privacy.md": {"cost": private_cost},
 }
 
 

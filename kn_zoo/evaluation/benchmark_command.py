@@ -3,6 +3,7 @@
     python eval/benchmark.py                        KNResNet-18 and -50 at 32 and 224 px, layers
     python eval/benchmark.py knpreactresnet20_cifar --device cuda --batch-size 128 --output FILE.csv
     python eval/benchmark.py --quick                two minutes on two cores
+    python eval/benchmark.py --private              private training steps, with Opacus
     python eval/benchmark.py --render               results/*.csv into the tables of the documents
 
 Chosen cells can be measured and merged into the results of the same machine and versions; the bare
@@ -34,6 +35,7 @@ from rich.console import Console
 import kn_zoo
 from kn_zoo import KNConv2d, cli
 from kn_zoo.checkpoints import bundle, files
+from kn_zoo.evaluation import private_benchmark
 from kn_zoo.evaluation.benchmark import ROUNDS, Job, run
 from kn_zoo.evaluation.benchmark_check import errors
 from kn_zoo.evaluation.measurements import (
@@ -98,6 +100,10 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two minutes: small batches, fewer rounds.")
     ] = False,
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="Private training steps on a CPU instead (three minutes)."),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="CSV file to write; plots are written beside it.")
     ] = None,
@@ -111,6 +117,8 @@ def main(
         for line in render(ROOT):
             print(line)
         return 0
+    if private:
+        return measure_private(output or ROOT / "results" / "private_cpu.csv")
     check_device(device)
     names = list(dict.fromkeys(models or (["knresnet18_cifar", LAYERS] if quick else MODELS)))
     check_models(names)
@@ -151,6 +159,21 @@ def main(
     print_tables(results, console)
     console.print("written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)
     return 130 if interrupted else 0
+
+
+def measure_private(output: Path) -> int:
+    """Measure private training steps and print them."""
+    try:
+        import opacus
+    except ModuleNotFoundError:
+        raise cli.UsageError("--private needs Opacus: pip install 'kn_zoo[privacy]'") from None
+    header = environment("cpu")
+    header["versions"] += f", Opacus {opacus.__version__}"
+    output = checked_output(output, "private_cpu", False, False)
+    measured = private_benchmark.measure()
+    files.write_text(output, private_benchmark.to_csv(measured, header))
+    print(f"{private_benchmark.table(measured)}\nwritten: {output}")
+    return 0
 
 
 def chosen(option: str, names: list[str] | None, known: Iterable[str]) -> tuple[str, ...]:
