@@ -208,22 +208,24 @@ def unit_statistics(
     last map is of the variance expected under dropout. All in float64 where that exists.
     """
     mean, var = to_float64(mean), to_float64(var)
+    padding = window.padding  # zero padding belongs to the unit
     pivot: Tensor | None = None
     if mean.dtype != torch.float64:  # squares of |mean| >> std need either digits or a pivot
         pivot = mean.flatten(1).mean(1).view([-1] + [1] * (mean.dim() - 1))
-    if max(window.padding) > 0:  # zero padding belongs to the unit
-        mean, var = F.pad(mean, window.padding), F.pad(var, window.padding)
-    if pivot is not None:
-        mean = mean - pivot
-    boxes = box_mean(torch.cat([mean, var + mean * mean], 1), window)  # (N, 2, *S')
+        mean, var = F.pad(mean, padding) - pivot, F.pad(var, padding)
+    maps = torch.cat([mean, torch.addcmul(var, mean, mean)], 1)
+    if pivot is None and max(padding) > 0:
+        maps = F.pad(maps, padding)
+    boxes = box_mean(maps, window)  # (N, 2, *S')
     mu, square = boxes[:, :1], boxes[:, 1:]
-    var = (square - mu * mu).clamp_min(0.0)  # Gaussian dropout may leave less than nothing
+    var = torch.addcmul(square, mu, mu, value=-1.0)
+    var = var.clamp_min(0.0)  # Gaussian dropout may leave less than nothing
     if pivot is not None:
         mu = mu + pivot
     spread = var
     if expected_p > 0.0:
         factor = expected_factor(channels, window, expected_p)
-        spread = factor * var + (factor - 1.0) * mu * mu
+        spread = torch.addcmul(factor * var, mu, mu, value=factor - 1.0)
     return mu, var, (spread + eps).rsqrt()
 
 
@@ -239,9 +241,13 @@ def box_mean(maps: Tensor, window: Window) -> Tensor:
     """Mean over each window of maps that are padded already: (N, M, *S) -> (N, M, *S')."""
     for i in range(len(window.kernel_size)):
         size, stride, delta = window.kernel_size[i], window.stride[i], window.dilation[i]
-        if size > 1 or stride > 1:
-            runs = maps.unfold(i + 2, delta * (size - 1) + 1, stride)
-            maps = (runs if delta == 1 else runs[..., ::delta]).mean([-1])
+        runs = maps.unfold(i + 2, delta * (size - 1) + 1, stride)  # a view, (..., run)
+        maps = runs.select(-1, 0)
+        if size > 1:  # sums of shifted views are faster than a mean over so short a dimension
+            maps = maps + runs.select(-1, delta)
+            for j in range(2, size):
+                maps += runs.select(-1, j * delta)
+            maps /= size
     return maps
 
 
@@ -276,7 +282,9 @@ def image_shift(x: Tensor, least: float = MIN_SHIFT) -> Tensor:
     for i in range(3, x.dim()):
         first = first.narrow(i, 0, 1)
     dims = list(range(1, x.dim()))
-    var, mean = torch.var_mean(row - first, dims, correction=0, keepdim=True)
+    row = row - first
+    mean, square = row.mean(dims, keepdim=True), (row * row).mean(dims, keepdim=True)
+    var = torch.addcmul(square, mean, mean, value=-1.0)
     mean = mean + first
     return torch.where(mean * mean > least * least * var, mean, torch.zeros_like(mean))
 
