@@ -241,13 +241,15 @@ def box_mean(maps: Tensor, window: Window) -> Tensor:
     """Mean over each window of maps that are padded already: (N, M, *S) -> (N, M, *S')."""
     for i in range(len(window.kernel_size)):
         size, stride, delta = window.kernel_size[i], window.stride[i], window.dilation[i]
-        runs = maps.unfold(i + 2, delta * (size - 1) + 1, stride)  # a view, (..., run)
-        maps = runs.select(-1, 0)
-        if size > 1:  # sums of shifted views are faster than a mean over so short a dimension
-            maps = maps + runs.select(-1, delta)
+        lines = maps.transpose(i + 2, -1)
+        last = lines.shape[-1] - delta * (size - 1)  # windows begin before this pixel
+        total = lines[..., 0:last:stride]
+        if size > 1:  # sums of slices: a mean over `unfold`, and its gradient, take longer
+            total = total + lines[..., delta : last + delta : stride]
             for j in range(2, size):
-                maps += runs.select(-1, j * delta)
-            maps /= size
+                total += lines[..., j * delta : last + j * delta : stride]
+            total /= size
+        maps = total.transpose(i + 2, -1)
     return maps
 
 
