@@ -23,7 +23,7 @@ from kn_zoo.evaluation.variants import build
 
 NETWORK = "knresnet8_cifar"
 BATCH_SIZE = 128
-ROUNDS, STEPS = 9, 3
+ROUNDS, STEPS = 7, 2
 
 
 class Case(NamedTuple):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import measurements
+from kn_zoo.evaluation.goals import SMALL_BATCH as SMALL
 from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread, Workload
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +256,7 @@ def machine(recorded: Mapping[str, str]) -> str:
 # Cost
 
 COST_HEAD = (
-    "network|step|mode|kernel normalization|BatchNorm|GroupNorm|kernel normalization / ResNet"
+    "network|batch|step|mode|kernel normalization|BatchNorm|GroupNorm|kernel normalization / ResNet"
 )
 
 
@@ -278,23 +279,30 @@ def cost_row(results: Results, setting: Setting) -> list[str]:
     ratios = [results.ratio(setting, v) for v in ("kernel_norm", "batch_norm", "group_norm")]
     ratios.append(results.ratio(setting, "kernel_norm", "resnet"))
     cells = ["" if ratio is None else f"{ratio.median:.2f}" for ratio in ratios]
-    return [f"`{setting.workload.model}`", TASKS[setting.task], setting.mode, *cells]
+    model, _, _, size = setting.workload
+    return [f"`{model}`", str(size), TASKS[setting.task], setting.mode, *cells]
 
 
 def cost_sentence(results: Results) -> str:
     """Cost of kernel normalization, and of a KNResNet-18 beside a ResNet-18, in one sentence.
 
+    Small batches, for which the number of operations decides, are left to the tables.
+
     Raises LookupError if the results lack what the sentence is about.
     """
 
-    def added(task: str, variant: str) -> str:
-        return _range([results.ratio(setting, variant) for setting in measured(results, task)])
+    usual = [s for s in measured(results) if s.workload.batch_size > SMALL]
+    sizes = sorted({setting.workload.batch_size for setting in usual})
 
-    resnet18 = [s for s in measured(results) if s.workload.model.startswith("knresnet18")]
+    def added(task: str, variant: str) -> str:
+        return _range([results.ratio(s, variant) for s in usual if s.task == task])
+
+    resnet18 = [s for s in usual if s.workload.model.startswith("knresnet18")]
     longer = _range([results.ratio(setting, "kernel_norm", "resnet") for setting in resnet18])
     flops = sorted({f"{flops_ratio(setting.workload):.1f}" for setting in resnet18})
     return (
-        "On a CPU in float32, a network with kernel normalization takes "
+        f"On a CPU in float32, at batch sizes {listed(map(str, sizes))}, a network with kernel "
+        "normalization takes "
         f"{added('infer', 'kernel_norm')} times the time of the same network without "
         f"normalization at inference and {added('train', 'kernel_norm')} times in training "
         f"(BatchNorm: {added('infer', 'batch_norm')} and {added('train', 'batch_norm')}); a "
@@ -321,14 +329,13 @@ def flops_ratio(workload: Workload) -> float:
     return kernel_norm / ordinary
 
 
-def measured(results: Results, task: str | None = None) -> list[Setting]:
+def measured(results: Results) -> list[Setting]:
     """Settings of whole networks in float32 for which there is a time, in the file's order."""
     return list(
         dict.fromkeys(
             row.setting
             for row in results.rows
             if row.samples_ms and row.setting.dtype == "float32" and not row.setting.layer
-            if task in (None, row.setting.task)
         )
     )
 
