@@ -474,8 +474,8 @@ def camvid_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str
         f"FCN on a PreActResNet-18 of half width, CamVid at 240x180, {rows[0]['epochs']} epochs at "
         f"every batch size, {'seeds' if len(seeds) > 1 else 'seed'} {listed(seeds)}; mean IoU in "
         "percent on the test images, on labels of 480x360. The rate is the same for all norms at "
-        "one batch size; it was not searched. In equal epochs, batch size "
-        f"{sizes[0]} makes {sizes[-1] // sizes[0]} times as many updates as batch size {sizes[-1]}.",
+        f"one batch size; it was not searched. In equal epochs, batch size {sizes[0]} makes "
+        f"{sizes[-1] // sizes[0]} times as many updates as batch size {sizes[-1]}.",
         table("|".join(["batch", *(NORMS[norm] for norm in norms)]), cells),
         image("camvid_small_batch", "mean IoU by batch size"),
         f"From batch size {sizes[-1]} to {sizes[0]}, mean IoU changes by {listed(changes)} points. "
