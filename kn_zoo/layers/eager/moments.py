@@ -28,12 +28,10 @@ def masked_moments(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
 def _moments(x: Tensor, dropped: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     if dropped is None:
         x = upcast(x)
-        pivot = x[:, :4].mean(1, keepdim=True)  # near the mean, so that the sums lose no digits
-        x = x - pivot
-        mean = x.mean(1, keepdim=True).double()
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).double()
-        square = norm.mul_(norm).div_(x.shape[1])
-        return mean + pivot, square.addcmul_(mean, mean, value=-1.0).clamp_min_(0.0)
+        mean = x.mean(1, keepdim=True)
+        x = x - mean
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return mean.double() + x.mean(1, keepdim=True), norm * norm / x.shape[1]
     x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     flat_view(x).index_fill_(0, dropped, 0.0)
     mean = x.mean(1, keepdim=True)
