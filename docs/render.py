@@ -225,8 +225,8 @@ def private_cost() -> str:
     machine = "; ".join(header[name] for name in ("device", "versions", "date"))
     count = len(measured[0].samples_ms)
     return (
-        f"A training step of `{private_benchmark.NETWORK}` with {private_benchmark.BATCH_SIZE} "
-        f"images of 32 x 32, float32, medians of {count} rounds in which the cases take turns; "
+        f"A training step ({header['step']}, float32), medians of {count} rounds in which the "
+        "cases take turns; "
         "`none` is a step without privacy. Memory is what the steps add to the process.\n\n"
         f"{private_benchmark.table(measured)}\n\n{machine}."
     )

@@ -101,7 +101,7 @@ def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
     text = "\n".join(results.camvid_section(rows, machine))
     assert "| 2 | 42.0 | 30.2 |" in text and "| 8 | 40.0 | 45.0 |" in text
-    assert "kernel normalization +2.0 and BatchNorm -14.8 points" in text
+    assert "+2.0 (kernel normalization) and -14.8 (BatchNorm) points" in text
     assert "at batch size 2 is kernel normalization, at batch size 8 BatchNorm." in text
     assert results.by_batch_size(rows, "miou", "").axes[0].get_ylabel() == "mean IoU %"
 

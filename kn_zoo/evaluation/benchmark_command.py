@@ -169,6 +169,9 @@ def measure_private(output: Path) -> int:
         raise cli.UsageError("--private needs Opacus: pip install 'kn_zoo[privacy]'") from None
     header = environment("cpu")
     header["versions"] += f", Opacus {opacus.__version__}"
+    header["step"] = (
+        f"{private_benchmark.NETWORK}, {private_benchmark.BATCH_SIZE} images of 32 x 32"
+    )
     output = checked_output(output, "private_cpu", False, False)
     measured = private_benchmark.measure()
     files.write_text(output, private_benchmark.to_csv(measured, header))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kn_zoo.checkpoints.files import write_text
-from kn_zoo.evaluation.goals import SMALL_BATCH, sweep_verdict, verdicts
+from kn_zoo.evaluation.goals import SMALL_BATCH_SIZE, sweep_verdict, verdicts
 from kn_zoo.evaluation.measurements import (
     BASELINE,
     MODES,
@@ -46,7 +46,7 @@ def goal_grids(results: Results, dtype: str) -> list[Grid]:
         workloads = [
             workload
             for workload in results.networks
-            if (workload.batch_size <= SMALL_BATCH) == small and workload in measured
+            if (workload.batch_size <= SMALL_BATCH_SIZE) == small and workload in measured
         ]
         if workloads:
             columns = [verdicts(results, workload, dtype) for workload in workloads]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import measurements
-from kn_zoo.evaluation.goals import SMALL_BATCH as SMALL
+from kn_zoo.evaluation.goals import SMALL_BATCH_SIZE
 from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread, Workload
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row])
         for norm in NORMS
         if norm in winners
     ]
-    return f"The most accurate in the comparisons on this page: {'; '.join(phrases)}."
+    return f"In classification, the most accurate on this page: {'; '.join(phrases)}."
 
 
 def difference(group: Sequence[Checkpoint]) -> str:
@@ -291,7 +291,7 @@ def cost_sentence(results: Results) -> str:
     Raises LookupError if the results lack what the sentence is about.
     """
 
-    usual = [s for s in measured(results) if s.workload.batch_size > SMALL]
+    usual = [s for s in measured(results) if s.workload.batch_size > SMALL_BATCH_SIZE]
     sizes = sorted({setting.workload.batch_size for setting in usual})
 
     def added(task: str, variant: str) -> str:
@@ -465,7 +465,7 @@ def camvid_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str
         for size in sizes
     ]
     changes = [
-        f"{NORMS[norm]} {mean_of(rows, norm, sizes[0]) - mean_of(rows, norm, sizes[-1]):+.1f}"
+        f"{mean_of(rows, norm, sizes[0]) - mean_of(rows, norm, sizes[-1]):+.1f} ({NORMS[norm]})"
         for norm in norms
     ]
     seeds = in_order(rows, "seed")
