@@ -109,12 +109,10 @@ def _make_private(layer: KNConv2d) -> list[UnsupportedModuleError]:
 @register_grad_sampler(PrivateKNConv2d)
 def _grad_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tensor) -> Gradients:
     """Gradient of every image: {weight: (N, O, C / groups, kh, kw), bias: (N, O)}."""
-    units, grad_units, grad, mu = _units_and_gradients(layer, activations[0], grad)
+    grad, mu, rstd = _gradient_and_statistics(layer, grad)
     samples: Gradients = {}
     if layer.weight.requires_grad:
-        weight = torch.einsum("ngoq,ngpq->ngop", grad_units, units)
-        weight -= torch.einsum("ngoq,nq->ngo", grad_units, mu).unsqueeze(-1)
-        samples[layer.weight] = weight.reshape(len(grad), *layer.weight.shape)
+        samples[layer.weight] = _weight_gradients(layer, activations[0], grad * rstd, mu)
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = grad.flatten(2).sum(2)
     return samples
@@ -123,10 +121,10 @@ def _grad_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tenso
 @register_norm_sampler(PrivateKNConv2d)
 def _norm_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tensor) -> Gradients:
     """Norm of every image's gradient, (N,), for the weight and for the bias."""
-    units, grad_units, grad, mu = _units_and_gradients(layer, activations[0], grad)
+    grad, mu, rstd = _gradient_and_statistics(layer, grad)
     norms: Gradients = {}
     if layer.weight.requires_grad:
-        norms[layer.weight] = _weight_norms(units - mu[:, None, None], grad_units)
+        norms[layer.weight] = _weight_norms(layer, activations[0], grad * rstd, mu)
     if layer.bias is not None and layer.bias.requires_grad:
         norms[layer.bias] = grad.flatten(2).sum(2).norm(2, dim=1)
     return norms
@@ -146,36 +144,47 @@ def _group_norm_samples(layer: GroupNormAct, activations: list[Tensor], grad: Te
     }
 
 
-def _units_and_gradients(
-    layer: PrivateKNConv2d, x: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Units (N, groups, P, q), G * rstd (N, groups, O / groups, q), G (N, O, H', W'), mu (N, q)."""
+def _gradient_and_statistics(layer: PrivateKNConv2d, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return G (N, O, H', W'), and mu and rstd (N, 1, H', W') of its forward pass."""
     if not layer.kept:
         raise RuntimeError(
             "a private layer has no statistics of this forward pass: it ran without gradients, or "
             "the backward pass ran twice"
         )
     mu, rstd, positive = layer.kept.pop()
-    if positive is not None:
-        grad = grad * positive
-    n, groups = len(x), layer.groups
-    units = F.unfold(
-        F.pad(x.to(grad.dtype), layer.padding_sides),
-        layer.kernel_size,
-        layer.dilation,
-        0,
-        layer.stride,
-    )  # (N, C * kh * kw, q), a group's channels together
-    pixels = units.shape[-1]
-    units = units.view(n, groups, units.shape[1] // groups, pixels)
-    grad_units = (grad * rstd).reshape(n, groups, grad.shape[1] // groups, pixels)
-    return units, grad_units, grad, mu.reshape(n, pixels)
+    return grad if positive is None else grad * positive, mu, rstd
 
 
-def _weight_norms(units: Tensor, grad_units: Tensor) -> Tensor:
-    """|sum_q B A^T| a sample, from (N, groups, P, q) and (N, groups, O, q), by the cheaper way."""
-    pixels = units.shape[-1]
-    if 2 * pixels**2 < units.shape[2] * grad_units.shape[2]:
-        gram = (units.mT @ units) * (grad_units.mT @ grad_units)  # (N, groups, q, q)
-        return gram.sum((1, 2, 3)).clamp_min(0).sqrt()
-    return torch.einsum("ngoq,ngpq->ngop", grad_units, units).flatten(1).norm(2, dim=1)
+def _weight_gradients(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Tensor) -> Tensor:
+    """sum_q scaled * (unfold(x) - mu) a sample, (N, O, C / groups, kh, kw); scaled = G * rstd.
+
+    Only a window's columns are unfolded. Its rows are views of the result, so that a third of
+    unfold's copies is made.
+    """
+    (n, _, height, width), groups = scaled.shape, layer.groups
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    padded = F.pad(x.to(scaled.dtype), layer.padding_sides).permute(0, 2, 3, 1)
+    starts = range(0, kw * dw, dw)
+    # (N, H, W', kw, C), then (N, H, W', kw, groups, C / groups)
+    columns = torch.stack([padded[:, :, j : j + sw * (width - 1) + 1 : sw] for j in starts], 3)
+    columns = columns.unflatten(4, (groups, -1))
+    # (N, H', W', groups, O / groups)
+    pixels = scaled.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
+    rows = [columns[:, i : i + sh * (height - 1) + 1 : sh] for i in range(0, kh * dh, dh)]
+    products = [torch.einsum("nhwgo,nhwjgc->ngojc", pixels, row) for row in rows]
+    gradients = torch.stack(products).permute(1, 2, 3, 5, 0, 4).reshape(n, *layer.weight.shape)
+    means = torch.einsum("nohw,nhw->no", scaled, mu.squeeze(1))
+    return gradients - means[..., None, None, None]
+
+
+def _weight_norms(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Tensor) -> Tensor:
+    """Norms of `_weight_gradients`, (N,), by the cheaper way."""
+    (n, channels), pixels = scaled.shape[:2], mu[0].numel()
+    if 2 * pixels**2 >= layer.weight.numel():
+        return _weight_gradients(layer, x, scaled, mu).flatten(1).norm(2, dim=1)
+    padded = F.pad(x.to(scaled.dtype), layer.padding_sides)
+    units = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
+    units = (units - mu.view(n, 1, pixels)).view(n, layer.groups, -1, pixels)
+    scaled = scaled.reshape(n, layer.groups, channels // layer.groups, pixels)
+    gram = (units.mT @ units) * (scaled.mT @ scaled)  # (N, groups, q, q)
+    return gram.sum((1, 2, 3)).clamp_min(0).sqrt()
