@@ -125,6 +125,11 @@ class Trainer:
             log_with="tensorboard",
             project_config=ProjectConfiguration(logging_dir=str(folder)),
         )
+        if recipe.mixed_precision == "bf16" and emulates_bfloat16(self.accelerator.device):
+            self.log(
+                "warning: this CPU has no AVX-512, without which PyTorch convolves bfloat16 slower "
+                'than float32: set mixed_precision: "no"'
+            )
         shard = Shard(self.accelerator.process_index, self.accelerator.num_processes)
         divisor = shard.processes * recipe.accumulation * (2 if recipe.mixup else 1)  # mixes pairs
         if recipe.batch_size % divisor:
@@ -374,6 +379,11 @@ class Trainer:
         """Print a line on the main process."""
         if self.accelerator.is_main_process:
             console.print(text, highlight=False, soft_wrap=True)
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Return whether oneDNN, which convolves on x86 CPUs, lacks the instructions for bfloat16."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -100,6 +100,22 @@ def test_resuming_after_ctrl_c_is_bit_exact(
         assert [logged[UPDATES], logged[2 * UPDATES]] == pytest.approx(log[name].tolist(), rel=1e-3)
 
 
+@pytest.mark.parametrize("recipe", ["bf16 ema"], indirect=True)
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_bfloat16_without_its_instructions_is_warned_of(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert run(recipe, "--output", tmp_path / "run", "--epochs", 1) == 0
+    assert ('set mixed_precision: "no"' in capsys.readouterr().err) == warned
+
+
 def test_resuming_after_sigkill_is_bit_exact(recipe: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(recipe, "--output", whole) == 0
