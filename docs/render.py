@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 import kn_zoo
 from kn_zoo.checkpoints import bundle, files, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
-from kn_zoo.evaluation import measurements, private_benchmark, results
+from kn_zoo.evaluation import measurements, private_benchmark, result_figures, results
 from kn_zoo.evaluation.results import STATISTICS, table
 from kn_zoo.training.recipe import Recipe
 
@@ -321,7 +321,11 @@ def main(check: bool) -> int:
         return int(bool(stale))
     for path, text in stale.items():
         files.write_text(path, text)
-    for path in [*stale, *results.plot(), results.save(normalized_together(), FIGURE, dpi=200)]:
+    for path in [
+        *stale,
+        *result_figures.plot(),
+        result_figures.save(normalized_together(), FIGURE, dpi=200),
+    ]:
         print(f"wrote {path.relative_to(ROOT)}")
     return 0
 

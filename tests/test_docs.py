@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kn_zoo.evaluation import measurements, results
+from kn_zoo.evaluation import measurements, result_figures, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
     assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
     answer = results.most_accurate([], rows)
     assert "kernel normalization at batch size 2; BatchNorm at batch size 256." in answer
-    assert len(results.by_batch_size(rows, "top1", "").axes[0].lines) == 2 * (1 + 2)
+    assert len(result_figures.by_batch_size(rows, "top1", "").axes[0].lines) == 2 * (1 + 2)
 
 
 def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None:
@@ -103,7 +103,7 @@ def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None
     assert "| 2 | 42.0 | 30.2 |" in text and "| 8 | 40.0 | 45.0 |" in text
     assert "+2.0 (kernel normalization) and -14.8 (BatchNorm) points" in text
     assert "at batch size 2 is kernel normalization, at batch size 8 BatchNorm." in text
-    assert results.by_batch_size(rows, "miou", "").axes[0].get_ylabel() == "mean IoU %"
+    assert result_figures.by_batch_size(rows, "miou", "").axes[0].get_ylabel() == "mean IoU %"
 
 
 def test_the_sentence_on_cost_is_that_of_the_table() -> None:

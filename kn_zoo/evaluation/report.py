@@ -206,7 +206,7 @@ def render(root: Path) -> list[str]:
     Plots are drawn anew. Text goes between the markers of README.md (the sentence and the main
     tables) and docs/performance.md (everything); a document without markers stays as it is.
     """
-    from kn_zoo.evaluation.plots import plot  # matplotlib is an extra
+    from kn_zoo.evaluation.benchmark_figures import plot  # matplotlib is an extra
 
     files = sorted((root / "results").glob("benchmark_*.csv"))
     lines = [f"{file.name}: {len(plot(read(file), file))} plots" for file in files]

@@ -1,7 +1,6 @@
-"""docs/results.md and its figures, from the manifest, the bundles and the tables in results/."""
+"""docs/results.md, from the manifest, the bundles and the tables in results/."""
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,9 +9,8 @@ from typing import Any
 import timm
 import torch
 import yaml
-from matplotlib.figure import Figure
 
-from kn_zoo.checkpoints import bundle, files, manifest
+from kn_zoo.checkpoints import bundle, manifest
 from kn_zoo.checkpoints.manifest import Checkpoint
 from kn_zoo.evaluation import measurements
 from kn_zoo.evaluation.goals import SMALL_BATCH_SIZE
@@ -26,14 +24,6 @@ SMALL_BATCH_RECIPE = "train_scripts/recipes/small_batch.yaml"
 CAMVID = FIGURES / "camvid_small_batch.csv"
 CAMVID_RECIPE = "train_scripts/recipes/segmentation/camvid_small_batch.yaml"
 BENCHMARK = FIGURES / "benchmark_cpu.csv"
-COLORS = {
-    "kernel": "C0",
-    "batch": "C2",
-    "group": "C4",
-    "layer": "C5",
-    "local_context": "C6",
-    "none": "0.5",
-}
 NORMS = {
     "kernel": "kernel normalization",
     "batch": "BatchNorm",
@@ -67,21 +57,6 @@ def page() -> str:
         "\n".join(f"- `{c.name}`: {machine(environment(c))}" for c in checkpoints),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def plot() -> list[Path]:
-    """Write the figures of the page; returns their paths."""
-    checkpoints = trained_here()
-    figures = {f"curves_{name}": curves(group) for name, group in by_recipe(checkpoints).items()}
-    figures["statistics"] = statistics([c for c in checkpoints if c.norm == "kernel"])
-    for dataset, group in by_dataset(checkpoints).items():
-        figures[f"accuracy_{dataset}"] = accuracy(group)
-    if rows := read_table(SMALL_BATCH):
-        figures["small_batch"] = by_batch_size(rows, "top1", "Top-1 by batch size, equal epochs")
-    if rows := read_table(CAMVID):
-        title = "Mean IoU on CamVid by batch size, equal epochs"
-        figures["camvid_small_batch"] = by_batch_size(rows, "miou", title)
-    return [save(figure, FIGURES / f"{name}.png") for name, figure in figures.items()]
 
 
 def trained_here() -> list[Checkpoint]:
@@ -205,24 +180,6 @@ def by_dataset(checkpoints: Iterable[Checkpoint]) -> dict[str, list[Checkpoint]]
     for checkpoint in checkpoints:
         groups.setdefault(checkpoint.dataset.name, []).append(checkpoint)
     return {name: group for name, group in groups.items() if len(group) > 1}
-
-
-def accuracy(group: Sequence[Checkpoint]) -> Figure:
-    figure, (left, right) = panels(2, f"Top-1 on {group[0].dataset.name}, one point a checkpoint")
-    for checkpoint in group:
-        style = dict(color=COLORS[checkpoint.norm], markersize=7, capsize=3)
-        spread = checkpoint.mean_and_sd()
-        value, error = spread or (top1(checkpoint), None)
-        gflops = checkpoint.flops / 1e9
-        right.errorbar(gflops, value, error, fmt="o", label=checkpoint.name, **style)
-        if hours := environment(checkpoint).get("training", "").removesuffix(" hours"):
-            left.errorbar(float(hours), value, error, fmt="o", **style)
-    values = [top1(checkpoint) for checkpoint in group]
-    limits = (min(values) - 5, max(values) + 5)
-    left.set(xlabel="hours of training", ylabel="top-1 %", xlim=(0, None), ylim=limits)
-    right.set(xlabel="GFLOPs of one image", ylabel="top-1 %", xlim=(0, None), ylim=limits)
-    right.legend(fontsize=7, loc="lower left")
-    return figure
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -368,21 +325,6 @@ def statistics_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
-def statistics(checkpoints: Sequence[Checkpoint]) -> Figure:
-    figure, axes = panels(1, "Top-1 under the three inference statistics")
-    for place, checkpoint in enumerate(checkpoints):
-        reported = checkpoint.reported.statistics
-        for shift, name in enumerate(STATISTICS):
-            value, height = reported[name].top1, place + 0.27 * (1 - shift)
-            label = name if place == 0 else None
-            axes.barh(height, value, 0.25, color=f"C{shift}", label=label)
-            axes.text(value, height, f" {value:.2f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(checkpoints)), [c.name for c in checkpoints], fontsize=8)
-    axes.set(xlabel="top-1 %", xlim=(0, 112), ylim=(-0.5, len(checkpoints)))
-    axes.legend(fontsize=7, loc="upper right", ncols=3)
-    return figure
-
-
 # Learning curves
 
 
@@ -402,20 +344,6 @@ def curves_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
         parts.append(f"`{group[0].recipe}`, accuracy measured on {on}:")
         parts.append(image(f"curves_{name}", "loss and accuracy by epoch"))
     return parts
-
-
-def curves(group: Sequence[Checkpoint]) -> Figure:
-    figure, (left, right) = panels(2, group[0].recipe or "")
-    for checkpoint in group:
-        rows = read_table(checkpoint.folder / bundle.LOG)
-        epochs = [int(row["epoch"]) for row in rows]
-        style = dict(color=COLORS[checkpoint.norm], label=checkpoint.name)
-        left.plot(epochs, [float(row["loss"]) for row in rows], **style)
-        right.plot(epochs, [float(row["top1"]) for row in rows], **style)
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="top-1 % during training", ylim=(0, 100))
-    right.legend(fontsize=7, loc="lower right")
-    return figure
 
 
 # Batch size
@@ -490,24 +418,6 @@ def best_norm(rows: Sequence[Row], norms: Sequence[str], size: int) -> str:
     return NORMS[max(norms, key=lambda norm: mean_of(rows, norm, size))]
 
 
-def by_batch_size(rows: Sequence[Row], score: str, title: str) -> Figure:
-    """Draw the column `score`, "top1" or "miou", over batch sizes, one line a norm."""
-    figure, axes = panels(1, title)
-    sizes = sorted({int(row["batch_size"]) for row in rows})
-    for norm in in_order(rows, "norm"):
-        means = [mean_of(rows, norm, size, score) for size in sizes]
-        axes.plot(sizes, means, color=COLORS[norm], label=NORMS[norm])
-        for size in sizes:
-            runs = values(rows, norm, size, score)
-            axes.plot([size] * len(runs), runs, "o", color=COLORS[norm], markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    label = {"top1": "top-1 %", "miou": "mean IoU %"}[score]
-    axes.set(xlabel="batch size; a dot is a run", ylabel=label, ylim=(0, None))
-    axes.legend(fontsize=8)
-    return figure
-
-
 def values(rows: Iterable[Row], norm: str, size: int, column: str) -> list[float]:
     """A column of the runs of one norm at one batch size."""
     wanted = (norm, str(size))
@@ -526,7 +436,7 @@ def in_order(rows: Iterable[Row], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-# Tables, files and figures
+# Tables and files
 
 
 def read_table(path: Path) -> list[Row]:
@@ -551,21 +461,3 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> str:
 
 def image(name: str, alt: str) -> str:
     return f"![{alt}](../results/{name}.png)"
-
-
-def panels(count: int, title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(1 + 3.6 * count, 3.2), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, count)
-    for panel in [axes] if count == 1 else axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", linewidth=0.4)
-    return figure, axes
-
-
-def save(figure: Figure, path: Path, dpi: int = 110) -> Path:
-    """Write a figure as a PNG file, as a whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format="png", metadata={"Software": None})
-    files.write_bytes(path, buffer.getvalue())
-    return path

@@ -22,9 +22,9 @@ from kn_zoo import KernelNorm2d, KNConv2d, cli, set_inference_statistics
 from kn_zoo.evaluation import (
     benchmark,
     benchmark_check,
+    benchmark_figures,
     goals,
     measurements,
-    plots,
     report,
     variants,
 )
@@ -389,7 +389,7 @@ def test_render_replaces_what_is_between_the_markers_alone(tmp_path: Path) -> No
 
 def test_only_what_was_measured_is_plotted(tmp_path: Path) -> None:
     results = some_results(group_norm=[])
-    figure = plots.times(results, "float32")
+    figure = benchmark_figures.times(results, "float32")
     assert figure is not None
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["inference, eager", "training step, eager"]
@@ -398,7 +398,7 @@ def test_only_what_was_measured_is_plotted(tmp_path: Path) -> None:
         "conv only",
         "GroupNorm",
     }
-    assert plots.times(some_results(conv_only=[]), "float32") is None
+    assert benchmark_figures.times(some_results(conv_only=[]), "float32") is None
 
 
 @pytest.mark.parametrize(

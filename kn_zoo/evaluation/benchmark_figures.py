@@ -16,7 +16,7 @@ from kn_zoo.evaluation.measurements import (
     Workload,
 )
 from kn_zoo.evaluation.report import inputs
-from kn_zoo.evaluation.results import save
+from kn_zoo.evaluation.result_figures import save
 
 COLORS = dict(zip(VARIANTS, ["0.6", "C0", "C9", "C1", "C2", "C4", "C5", "C3"], strict=True))
 RATIO_LIMIT = 1.7  # of the axis of ratios; a longer bar is cut there and bears its number

@@ -1,0 +1,135 @@
+"""Figures of docs/results.md; one color for each norm."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from kn_zoo.checkpoints import bundle, files
+from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.evaluation.results import (
+    CAMVID,
+    FIGURES,
+    NORMS,
+    SMALL_BATCH,
+    STATISTICS,
+    Row,
+    by_dataset,
+    by_recipe,
+    environment,
+    in_order,
+    mean_of,
+    read_table,
+    top1,
+    trained_here,
+    values,
+)
+
+COLORS = {
+    "kernel": "C0",
+    "batch": "C2",
+    "group": "C4",
+    "layer": "C5",
+    "local_context": "C6",
+    "none": "0.5",
+}
+
+
+def plot() -> list[Path]:
+    """Write the figures of the page; returns their paths."""
+    checkpoints = trained_here()
+    figures = {f"curves_{name}": curves(group) for name, group in by_recipe(checkpoints).items()}
+    figures["statistics"] = statistics([c for c in checkpoints if c.norm == "kernel"])
+    for dataset, group in by_dataset(checkpoints).items():
+        figures[f"accuracy_{dataset}"] = accuracy(group)
+    if rows := read_table(SMALL_BATCH):
+        figures["small_batch"] = by_batch_size(rows, "top1", "Top-1 by batch size, equal epochs")
+    if rows := read_table(CAMVID):
+        title = "Mean IoU on CamVid by batch size, equal epochs"
+        figures["camvid_small_batch"] = by_batch_size(rows, "miou", title)
+    return [save(figure, FIGURES / f"{name}.png") for name, figure in figures.items()]
+
+
+def accuracy(group: Sequence[Checkpoint]) -> Figure:
+    figure, (left, right) = panels(2, f"Top-1 on {group[0].dataset.name}, one point a checkpoint")
+    for checkpoint in group:
+        style = dict(color=COLORS[checkpoint.norm], markersize=7, capsize=3)
+        spread = checkpoint.mean_and_sd()
+        value, error = spread or (top1(checkpoint), None)
+        gflops = checkpoint.flops / 1e9
+        right.errorbar(gflops, value, error, fmt="o", label=checkpoint.name, **style)
+        if hours := environment(checkpoint).get("training", "").removesuffix(" hours"):
+            left.errorbar(float(hours), value, error, fmt="o", **style)
+    values = [top1(checkpoint) for checkpoint in group]
+    limits = (min(values) - 5, max(values) + 5)
+    left.set(xlabel="hours of training", ylabel="top-1 %", xlim=(0, None), ylim=limits)
+    right.set(xlabel="GFLOPs of one image", ylabel="top-1 %", xlim=(0, None), ylim=limits)
+    right.legend(fontsize=7, loc="lower left")
+    return figure
+
+
+def statistics(checkpoints: Sequence[Checkpoint]) -> Figure:
+    figure, axes = panels(1, "Top-1 under the three inference statistics")
+    for place, checkpoint in enumerate(checkpoints):
+        reported = checkpoint.reported.statistics
+        for shift, name in enumerate(STATISTICS):
+            value, height = reported[name].top1, place + 0.27 * (1 - shift)
+            label = name if place == 0 else None
+            axes.barh(height, value, 0.25, color=f"C{shift}", label=label)
+            axes.text(value, height, f" {value:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(checkpoints)), [c.name for c in checkpoints], fontsize=8)
+    axes.set(xlabel="top-1 %", xlim=(0, 112), ylim=(-0.5, len(checkpoints)))
+    axes.legend(fontsize=7, loc="upper right", ncols=3)
+    return figure
+
+
+def curves(group: Sequence[Checkpoint]) -> Figure:
+    figure, (left, right) = panels(2, group[0].recipe or "")
+    for checkpoint in group:
+        rows = read_table(checkpoint.folder / bundle.LOG)
+        epochs = [int(row["epoch"]) for row in rows]
+        style = dict(color=COLORS[checkpoint.norm], label=checkpoint.name)
+        left.plot(epochs, [float(row["loss"]) for row in rows], **style)
+        right.plot(epochs, [float(row["top1"]) for row in rows], **style)
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="top-1 % during training", ylim=(0, 100))
+    right.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def by_batch_size(rows: Sequence[Row], score: str, title: str) -> Figure:
+    """Draw the column `score`, "top1" or "miou", over batch sizes, one line a norm."""
+    figure, axes = panels(1, title)
+    sizes = sorted({int(row["batch_size"]) for row in rows})
+    for norm in in_order(rows, "norm"):
+        means = [mean_of(rows, norm, size, score) for size in sizes]
+        axes.plot(sizes, means, color=COLORS[norm], label=NORMS[norm])
+        for size in sizes:
+            runs = values(rows, norm, size, score)
+            axes.plot([size] * len(runs), runs, "o", color=COLORS[norm], markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    label = {"top1": "top-1 %", "miou": "mean IoU %"}[score]
+    axes.set(xlabel="batch size; a dot is a run", ylabel=label, ylim=(0, None))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def panels(count: int, title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(1 + 3.6 * count, 3.2), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(1, count)
+    for panel in [axes] if count == 1 else axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", linewidth=0.4)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path, dpi: int = 110) -> Path:
+    """Write a figure as a PNG file, as a whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png", metadata={"Software": None})
+    files.write_bytes(path, buffer.getvalue())
+    return path
