@@ -339,6 +339,9 @@ def segment(
     overlay: Annotated[
         Path | None, typer.Option(help="Write the image with the colors of its classes here.")
     ] = None,
+    opacity: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Opacity of the colors over the image.")
+    ] = pictures.OPACITY,
     label_map: Annotated[
         Path | None, typer.Option(help="Write the classes as a palette image (PNG) here.")
     ] = None,
@@ -371,7 +374,8 @@ def segment(
         for name, share in pictures.shares(labels, names):
             print(f"  {share:6.2f} %  {name}")
         if overlay:
-            save(pictures.overlay(picture, labels, palette, names), overlay, path, several)
+            blended = pictures.overlay(picture, labels, palette, names, opacity)
+            save(blended, overlay, path, several)
         if label_map:
             save(pictures.colors(labels, palette), label_map, path, several)
     return 2 if failed else 0

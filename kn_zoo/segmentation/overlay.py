@@ -20,7 +20,7 @@ from kn_zoo.segmentation.transforms import eval_transform
 __all__ = ["class_names", "colors", "label_map", "overlay", "palette", "shares"]
 
 Palette = Sequence[tuple[int, int, int]]
-OPACITY = 0.55  # of the colors over the image
+OPACITY = 0.55  # of the colors over the image, unless given
 LEGEND_ROW = 22  # pixels
 
 
@@ -71,10 +71,14 @@ def shares(labels: np.ndarray, names: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def overlay(
-    image: Image.Image, labels: np.ndarray, palette: Palette, names: Sequence[str]
+    image: Image.Image,
+    labels: np.ndarray,
+    palette: Palette,
+    names: Sequence[str],
+    opacity: float = OPACITY,
 ) -> Image.Image:
     """Blend the image with the colors of its classes, and add a legend below."""
-    blended = Image.blend(image.convert("RGB"), colors(labels, palette).convert("RGB"), OPACITY)
+    blended = Image.blend(image.convert("RGB"), colors(labels, palette).convert("RGB"), opacity)
     present = [name for name, _ in shares(labels, names)]
     font = ImageFont.load_default(size=14)
     column = 40 + round(max(font.getlength(name) for name in present))

@@ -49,6 +49,9 @@ def test_pictures_and_shares(
     ids = np.asarray(labels)
     assert np.array_equal(np.asarray(labels.convert("RGB")), np.array(PALETTE)[ids])
     assert Image.open(over).height > 90
+    assert segment(photo, "--overlay", over, "--opacity", 1, "--model", model) == 0
+    covered = np.asarray(Image.open(over).convert("RGB"))[:90]  # above the legend
+    assert np.array_equal(covered, np.array(PALETTE)[ids])
 
 
 def test_unusable_images_get_one_line(
