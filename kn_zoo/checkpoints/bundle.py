@@ -46,6 +46,7 @@ CARD, RECIPE = "README.md", "recipe.yaml"
 LOG, PREDICTIONS, ENVIRONMENT = "train_log.csv", "predictions.npz", "environment.txt"
 _RECORDED = ("timm", "numpy", "safetensors", "huggingface_hub")
 FILES = (WEIGHTS_FILE, CONFIG, CARD, RECIPE, LOG, PREDICTIONS, ENVIRONMENT)
+PACKAGE_LIMIT = 5_000_000  # bytes of a weights file in the wheel
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,9 @@ def write(
         predictions: made by ``model`` as it is stored, see `round_weights`.
         dtype: type that floating-point numbers are stored in.
         seconds: duration of the training.
-        target: "package" or "repository" (see `Checkpoint.bundle`), or another folder: the bundle
-            is then the user's own and not in the manifest.
+        target: "package" or "repository" (see `Checkpoint.bundle`; weights above `PACKAGE_LIMIT`
+            never go to the package), or another folder: the bundle is then the user's own and not
+            in the manifest.
         include_weights: False leaves the weights file out, for baselines of which the predictions
             are enough.
 
@@ -197,6 +199,8 @@ def write(
     data = to_safetensors(_stored(model, dtype), metadata={"format": "pt"})
     sha256 = hashlib.sha256(data).hexdigest()
     file = File(sha256, len(data), str(dtype).removeprefix("torch."))
+    if target == "package" and len(data) > PACKAGE_LIMIT:
+        target = "repository"
     in_manifest = target in ("package", "repository")
     checkpoint = replace(
         draft,

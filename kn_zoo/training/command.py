@@ -34,7 +34,10 @@ Table = Annotated[
     typer.Option(help="train all recipes of the file and write their results to this CSV file"),
 ]
 InPackage = Annotated[
-    bool, typer.Option(help="write the bundle to kn_zoo/pretrained and the manifest")
+    bool,
+    typer.Option(
+        help="write the bundle to the manifest and kn_zoo/pretrained, a large one to checkpoints"
+    ),
 ]
 
 
