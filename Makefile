@@ -25,7 +25,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.eval
 
-verify: $(VENV)/.eval  ## recompute the accuracy of the packaged checkpoints (downloads CIFAR-100)
+verify: $(VENV)/.eval  ## recompute the accuracy of the checkpoints here (downloads CIFAR-100)
 	$(BIN)/python eval/verify.py --embedded --download
 
 # One file per worker: module fixtures are set up once. One thread per worker: two would compete.

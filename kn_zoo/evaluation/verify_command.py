@@ -58,7 +58,10 @@ def main(
         list[str] | None, typer.Argument(metavar="[NAME]...", help="architecture[.tag]")
     ] = None,
     embedded: Annotated[
-        bool, typer.Option("--embedded", help="All checkpoints of the package (default).")
+        bool,
+        typer.Option(
+            "--embedded", help="All checkpoints with a bundle in this checkout (default)."
+        ),
     ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="All checkpoints of the manifest, also from the Hub.")
