@@ -21,6 +21,7 @@ from timm.models import adapt_input_conv, save_for_hf
 from timm.models._registry import _model_has_pretrained
 from torch import nn
 
+import kn_zoo
 from kn_zoo.checkpoints import files, loading, manifest
 from tests.support import tiny_zoo
 from tests.support.tiny_zoo import ARCHITECTURE, NAME, Zoo
@@ -299,6 +300,9 @@ def test_a_users_argument_wins_over_the_checkpoints(zoo: Zoo) -> None:
 
 
 def test_timm_lists_what_is_available() -> None:
-    ours = {checkpoint.name for checkpoint in manifest.load().values() if checkpoint.available}
-    assert ours == {name for name in _model_has_pretrained if name in manifest.load()}
-    assert ours <= set(timm.list_pretrained())
+    available = [checkpoint for checkpoint in manifest.load().values() if checkpoint.available]
+    classifiers = {c.name for c in available if c.task == "classification"}
+    assert classifiers == {name for name in _model_has_pretrained if name in manifest.load()}
+    assert classifiers <= set(timm.list_pretrained())
+    segmenters = {c.name for c in available} - classifiers
+    assert segmenters == set(kn_zoo.list_segmentation_models(pretrained=True))
