@@ -79,7 +79,7 @@ def test_upload_is_classified_under_three_statistics(page: Any, tmp_path: Path) 
 def test_sample_brings_its_checkpoint(page: Any) -> None:
     page.locator("#samples button", has_text="digit 3").click()
     page.get_by_text("(yellow)").nth(1).wait_for()
-    assert page.get_by_label("Checkpoint").input_value().endswith(".digits")
+    assert page.get_by_label("Checkpoint", exact=True).input_value().endswith(".digits")
     block = page.locator(".block", has=page.get_by_text(demo.STATISTICS["expected"])).last
     assert block.locator("dt").first.inner_text().strip() == "3"
 
