@@ -149,7 +149,9 @@ def main(
         results = Results(header, rows)
         if interrupted:  # and leave earlier, whole results alone
             output = output.with_name(f"partial_{output.name}")
-    from kn_zoo.evaluation.plots import plot  # the process that measures does not need matplotlib
+    from kn_zoo.evaluation.benchmark_figures import (
+        plot,
+    )  # the process that measures does not need matplotlib
 
     files.write_text(output, results.to_csv())
     written = [output, *plot(results, output)]
