@@ -180,7 +180,7 @@ def _weight_gradients(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Ten
 def _weight_norms(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Tensor) -> Tensor:
     """Norms of `_weight_gradients`, (N,), by the cheaper way."""
     (n, channels), pixels = scaled.shape[:2], mu[0].numel()
-    if 2 * pixels**2 >= layer.weight.numel():
+    if 2 * pixels**2 >= layer.weight.numel() // layer.groups:  # of one group
         return _weight_gradients(layer, x, scaled, mu).flatten(1).norm(2, dim=1)
     padded = F.pad(x.to(scaled.dtype), layer.padding_sides)
     units = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
