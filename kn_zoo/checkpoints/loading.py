@@ -335,7 +335,7 @@ def _not_available(checkpoint: Checkpoint) -> str:
     if checkpoint.bundle == "repository" and not manifest.REPOSITORY.is_dir():
         return (
             f"{name} is in the repository of kn_zoo, not in the installed package, and it is not "
-            "on the Hub yet. Run in a clone of the repository, use torch.hub.load, or run "
+            "on the Hub yet. Install a clone with `pip install -e .`, use torch.hub.load, or run "
             f"`kn-zoo download {name} DIR` in a clone and set {DIRECTORY}=DIR here."
         )
     if checkpoint.bundle:
