@@ -161,20 +161,19 @@ def _weight_gradients(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Ten
     Only a window's columns are unfolded. Its rows are views of the result, so that a third of
     unfold's copies is made.
     """
-    (n, _, height, width), groups = scaled.shape, layer.groups
+    (n, _, height, _), groups = scaled.shape, layer.groups
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     padded = F.pad(x.to(scaled.dtype), layer.padding_sides).permute(0, 2, 3, 1)
-    starts = range(0, kw * dw, dw)
+    columns = padded.unfold(2, dw * (kw - 1) + 1, sw)[..., ::dw]  # (N, H, W', C, kw)
     # (N, H, W', kw, C), then (N, H, W', kw, groups, C / groups)
-    columns = torch.stack([padded[:, :, j : j + sw * (width - 1) + 1 : sw] for j in starts], 3)
-    columns = columns.unflatten(4, (groups, -1))
+    columns = columns.transpose(3, 4).contiguous().unflatten(4, (groups, -1))
     # (N, H', W', groups, O / groups)
     pixels = scaled.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
     rows = [columns[:, i : i + sh * (height - 1) + 1 : sh] for i in range(0, kh * dh, dh)]
     products = [torch.einsum("nhwgo,nhwjgc->ngojc", pixels, row) for row in rows]
     gradients = torch.stack(products).permute(1, 2, 3, 5, 0, 4).reshape(n, *layer.weight.shape)
     means = torch.einsum("nohw,nhw->no", scaled, mu.squeeze(1))
-    return gradients - means[..., None, None, None]
+    return gradients.sub_(means[..., None, None, None])
 
 
 def _weight_norms(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Tensor) -> Tensor:
