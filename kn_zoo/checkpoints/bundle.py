@@ -228,6 +228,9 @@ def write(
     with files.replace_folder(folder, {name: contents[name] for name in names}):
         if in_manifest:
             manifest.write_entry(checkpoint)
+    if in_manifest:  # a retrained checkpoint may have outgrown the package
+        other = "repository" if target == "package" else "package"
+        shutil.rmtree(replace(checkpoint, bundle=other).folder, ignore_errors=True)
     return checkpoint
 
 

@@ -117,7 +117,10 @@ def main(
         for line in render(ROOT):
             print(line)
         return 0
+    selected = bool(models or variant or dtype or mode or task or batch_size)
     if private:
+        if selected or update or quick or minutes:
+            raise cli.UsageError("--private has one fixed set of steps: give only --output with it")
         return measure_private(output or ROOT / "results" / "private_cpu.csv")
     check_device(device)
     names = list(dict.fromkeys(models or (["knresnet18_cifar", LAYERS] if quick else MODELS)))
@@ -127,7 +130,6 @@ def main(
     modes = chosen("--mode", mode, MODES) or MODES
     tasks = chosen("--task", task, TASKS) or tuple(TASKS)
     variants = chosen("--variant", variant, VARIANTS) or tuple(VARIANTS)
-    selected = bool(models or variant or dtype or mode or task or batch_size)
     output = checked_output(output, f"{'quick' if quick else 'benchmark'}_{kind}", selected, update)
 
     start, header = time.monotonic(), environment(device)

@@ -207,6 +207,7 @@ def test_large_weights_go_to_the_repository(
         assert written.bundle == place
         assert manifest.load()[draft.name] == written
         assert (written.folder / "model.safetensors").stat().st_size == size
+        assert len([*tmp_path.rglob(draft.name)]) == 1  # the smaller one is gone
 
 
 def test_a_bundle_in_the_repository_loads_from_a_checkout(tmp_path: Path, larger: Zoo) -> None:

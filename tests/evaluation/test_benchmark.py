@@ -412,6 +412,8 @@ def test_only_what_was_measured_is_plotted(tmp_path: Path) -> None:
         ["knresnet18", "--output", "x.txt"],
         ["knresnet18", "--batch-size", "0"],
         ["--no-such-option"],
+        ["knresnet18", "--private"],
+        ["--private", "--minutes", "1"],
         ["knresnet18", "--variant", "nosuch"],
         ["knresnet18", "--dtype", "int8"],
         ["knresnet18", "--update", "--output", "missing.csv"],
