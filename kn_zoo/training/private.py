@@ -47,7 +47,7 @@ from kn_zoo.checkpoints.predictions import Predictions
 from kn_zoo.evaluation.accounting import spent_epsilon
 from kn_zoo.evaluation.predict import eval_transform, predict
 from kn_zoo.training import data, report
-from kn_zoo.training.batches import DeviceBatches, Shard
+from kn_zoo.training.batches import DeviceBatches, Shard, resize
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import PrivacyConfig, Recipe, UserError, recipe_settings
 from kn_zoo.training.resume import prepare_run_dir
@@ -235,6 +235,8 @@ class PrivateTrainer:
         """Add the clipped gradients of a part of a batch; after its last part, take the step."""
         crops = self.images.draw(self.random, len(indices))
         pixels, targets = self.images.gather(np.asarray(indices, int), *crops)
+        side = self.recipe.resolution(1 + self.progress.steps // self.steps_per_epoch)
+        pixels = pixels if side is None else resize(pixels, side)
         logits = self.model(pixels.to(memory_format=memory_format(self.recipe)))
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
@@ -386,7 +388,6 @@ def check_recipe(recipe: Recipe) -> PrivacyConfig:
         "repeated_augmentation": (recipe.repeated_augmentation > 1, "copies are not accounted for"),
         "mixed_precision": (recipe.mixed_precision != "no", "per-sample gradients are float32"),
         "compile": (recipe.compile, "per-sample gradients come from eager hooks"),
-        "resolutions": (recipe.resolutions, "they are not implemented"),
         "accumulation": (recipe.accumulation > 1, "set privacy.physical_batch_size instead"),
         "updates": (recipe.updates, "the noise is computed for the whole run"),
         "scheduler.step_on_epochs": (recipe.scheduler.get("step_on_epochs"), "it steps per update"),

@@ -192,6 +192,14 @@ def test_the_step_is_the_clipped_sum_divided_by_the_batch_size(tmp_path: Path) -
     torch.testing.assert_close(moved, -total / 20, rtol=1e-3, atol=1e-6)
 
 
+def test_images_have_the_resolution_of_their_epoch(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, resolutions={1: 4, 3: 8})
+    sides: list[int] = []
+    trainer.network.register_forward_pre_hook(lambda _, args: sides.append(args[0].shape[-1]))
+    seen = [sides[-1] for _ in trainer.steps()]
+    assert seen == [4, 4, 4, 4, 8, 8] and set(sides) == {4, 8}
+
+
 DETERMINISTIC: dict[str, Any] = {
     "model_args": {"depths": [1], "widths": [4], "act_layer": "mish", "dropout_p": 0.0},
     "scheduler": {"sched": "multistep", "decay_milestones": [1000]},
