@@ -224,6 +224,12 @@ def recipe_fields() -> Iterator[tuple[str, str, str, str]]:
 # Private training
 
 
+def private_table() -> str:
+    """The guarantee and the accuracy of the private checkpoints."""
+    checkpoints = results.trained_here(private=True)
+    return results.private_table(checkpoints) if checkpoints else "None is in the manifest yet."
+
+
 def private_cost() -> str:
     """Times and memory of private training steps, and where they were measured."""
     path = ROOT / "results" / "private_cpu.csv"
@@ -293,7 +299,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/recipe.md": {"fields": recipe_table},
     "docs/segmentation.md": {"checkpoints": segmentation_table},
-    "docs/privacy.md": {"cost": private_cost},
+    "docs/privacy.md": {"checkpoints": private_table, "cost": private_cost},
 }
 
 

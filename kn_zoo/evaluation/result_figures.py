@@ -39,9 +39,11 @@ COLORS = {
 
 def plot() -> list[Path]:
     """Write the figures of the page; returns their paths."""
-    checkpoints = trained_here()
+    checkpoints, private = trained_here(), trained_here(private=True)
     figures = {f"curves_{name}": curves(group) for name, group in by_recipe(checkpoints).items()}
-    figures["statistics"] = statistics([c for c in checkpoints if c.norm == "kernel"])
+    figures["statistics"] = statistics([c for c in checkpoints + private if c.norm == "kernel"])
+    if private:
+        figures["private"] = private_curves(private)
     for dataset, group in by_dataset(checkpoints).items():
         figures[f"accuracy_{dataset}"] = accuracy(group)
     if rows := read_table(SMALL_BATCH):
@@ -96,6 +98,20 @@ def curves(group: Sequence[Checkpoint]) -> Figure:
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="top-1 % during training", ylim=(0, 100))
     right.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def private_curves(checkpoints: Sequence[Checkpoint]) -> Figure:
+    """Draw the accuracy on test images by epoch; training losses are not published."""
+    figure, axes = panels(1, "Top-1 on test images, differentially private training")
+    for place, checkpoint in enumerate(checkpoints):
+        rows = read_table(checkpoint.folder / bundle.LOG)
+        epochs = [int(row["epoch"]) for row in rows]
+        label = f"{NORMS[checkpoint.norm]}, epsilon {float(rows[-1]['epsilon']):.2f}"
+        style = dict(color=COLORS[checkpoint.norm], linestyle=("-", "--", ":")[place % 3])
+        axes.plot(epochs, [float(row["top1"]) for row in rows], label=label, **style)
+    axes.set(xlabel="epoch", ylabel="top-1 %", ylim=(0, 100))
+    axes.legend(fontsize=8, loc="lower right")
     return figure
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from kn_zoo.checkpoints import bundle, manifest
-from kn_zoo.checkpoints.manifest import Checkpoint
+from kn_zoo.checkpoints.manifest import Checkpoint, Privacy
 from kn_zoo.evaluation import measurements
 from kn_zoo.evaluation.goals import SMALL_BATCH_SIZE
 from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread, Workload
@@ -39,7 +39,7 @@ Row = Mapping[str, str]
 
 def page() -> str:
     """The text of docs/results.md."""
-    checkpoints = trained_here()
+    checkpoints, private = trained_here(), trained_here(private=True)
     rows = read_table(SMALL_BATCH)
     recipe = yaml.safe_load((ROOT / SMALL_BATCH_RECIPE).read_text(encoding="utf-8"))
     parts = [
@@ -49,20 +49,21 @@ def page() -> str:
         *answer_section(checkpoints, rows),
         *accuracy_section(checkpoints),
         *cost_section(measurements.read(BENCHMARK)),
-        *statistics_section([c for c in checkpoints if c.norm == "kernel"]),
+        *statistics_section([c for c in checkpoints + private if c.norm == "kernel"]),
         *curves_section(checkpoints),
         *small_batch_section(rows, recipe, as_mapping(comments(SMALL_BATCH))),
         *camvid_section(read_table(CAMVID), as_mapping(comments(CAMVID))),
+        *private_section(private),
         "## Machines and versions",
-        "\n".join(f"- `{c.name}`: {machine(environment(c))}" for c in checkpoints),
+        "\n".join(f"- `{c.name}`: {machine(environment(c))}" for c in checkpoints + private),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def trained_here() -> list[Checkpoint]:
-    """Classifiers with a bundle."""
-    known = manifest.load().values()
-    return [c for c in known if c.bundle and c.task == "classification"]
+def trained_here(private: bool = False) -> list[Checkpoint]:
+    """Classifiers with a bundle, trained without or with differential privacy."""
+    known = [c for c in manifest.load().values() if c.bundle and c.task == "classification"]
+    return [c for c in known if bool(c.privacy) == private]
 
 
 # Is it worth it?
@@ -83,11 +84,12 @@ def answer_section(checkpoints: Sequence[Checkpoint], rows: Sequence[Row]) -> li
 
 
 def comparisons(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
-    """Checkpoints of one recipe file and one shape of network, kernel normalization first."""
-    groups: dict[tuple[str | None, str], list[Checkpoint]] = {}
+    """Checkpoints of one recipe file, shape of network and epsilon; kernel normalization first."""
+    groups: dict[tuple[str | None, str, float | None], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         shape = checkpoint.architecture.removeprefix("kn")
-        groups.setdefault((checkpoint.recipe, shape), []).append(checkpoint)
+        epsilon = checkpoint.privacy and checkpoint.privacy.epsilon
+        groups.setdefault((checkpoint.recipe, shape, epsilon), []).append(checkpoint)
     compared = [sorted(group, key=lambda c: c.norm != "kernel") for group in groups.values()]
     return [group for group in compared if len(group) > 1 and group[0].norm == "kernel"]
 
@@ -119,9 +121,10 @@ def difference(group: Sequence[Checkpoint]) -> str:
         f" {NORMS[c.norm]} ({top1(c):.2f})"
         for c in baselines
     ]
+    epsilon = f", epsilon {kernel.privacy.epsilon:.2f}" if kernel.privacy else ""
     return (
-        f"- `{kernel.name}`, {recipe['epochs']} epochs at batch size {recipe['batch_size']}: "
-        f"top-1 {top1(kernel):.2f} %, {listed(phrases)}."
+        f"- `{kernel.name}`, {recipe['epochs']} epochs at batch size {recipe['batch_size']}"
+        f"{epsilon}: top-1 {top1(kernel):.2f} %, {listed(phrases)}."
     )
 
 
@@ -434,6 +437,43 @@ def mean_and_sd(numbers: Sequence[float]) -> str:
 
 def in_order(rows: Iterable[Row], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows))
+
+
+# Differential privacy
+
+PRIVATE_HEAD = "checkpoint|norm|data, images|epsilon|delta|epsilon, RDP|noise|steps|top-1 %|hours"
+
+
+def private_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    if not checkpoints:
+        return []
+    return [
+        "## Differential privacy",
+        "Checkpoints trained by DP-SGD, one run each. [Differential privacy](privacy.md) says what "
+        "epsilon and delta promise. `make verify` recomputes accuracy and epsilon.",
+        private_table(checkpoints),
+        "\n".join(difference(group) for group in comparisons(checkpoints)),
+        image("private", "top-1 of the privately trained networks by epoch"),
+    ]
+
+
+def private_table(checkpoints: Iterable[Checkpoint]) -> str:
+    return table(PRIVATE_HEAD, [private_row(c, c.privacy) for c in checkpoints if c.privacy])
+
+
+def private_row(checkpoint: Checkpoint, privacy: Privacy) -> list[str]:
+    return [
+        f"`{checkpoint.name}`",
+        NORMS[checkpoint.norm].removesuffix(" normalization"),
+        f"{checkpoint.dataset.name}, {privacy.images:,}",
+        f"{privacy.epsilon:.2f}",
+        f"{privacy.delta:g}",
+        f"{privacy.epsilon_rdp:.2f}",
+        f"{privacy.noise_multiplier:.3f}",
+        f"{privacy.steps:,}",
+        f"{top1(checkpoint):.2f}",
+        environment(checkpoint).get("training", "").removesuffix(" hours"),
+    ]
 
 
 # Tables and files
