@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kn_zoo.checkpoints import manifest
+from kn_zoo.checkpoints.manifest import Privacy
 from kn_zoo.evaluation import measurements, result_figures, results
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +107,38 @@ def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None
     assert "+2.0 (kernel normalization) and -14.8 (BatchNorm) points" in text
     assert "at batch size 2 is kernel normalization, at batch size 8 BatchNorm." in text
     assert result_figures.by_batch_size(rows, "miou", "").axes[0].get_ylabel() == "mean IoU %"
+
+
+def test_private_checkpoints_are_compared_at_one_epsilon() -> None:
+    kernel = manifest.find("knpreactresnet20_cifar.cifar100")
+    group = manifest.find("preactresnet20_cifar.cifar100_gn")
+    checkpoints = [
+        replace(checkpoint, privacy=guarantee(epsilon))
+        for checkpoint, epsilon in ((kernel, 3.0), (group, 8.0), (kernel, 8.0))
+    ]
+    (compared,) = results.comparisons(checkpoints)
+    assert compared == [checkpoints[2], checkpoints[1]]
+    assert "epsilon 8.00: top-1" in results.difference(compared)
+    assert results.private_table(checkpoints).count("| 0.691 |") == 3
+
+
+def guarantee(epsilon: float) -> Privacy:
+    texts = dict.fromkeys(
+        ["accountant", "unit", "sampling", "generator", "released", "public_data"], "text"
+    )
+    return Privacy(
+        epsilon=epsilon,
+        delta=1e-5,
+        epsilon_rdp=epsilon + 1,
+        images=50_000,
+        noise_multiplier=0.691,
+        sample_rate=0.02,
+        steps=700,
+        max_grad_norm=1.0,
+        normalizer=1000,
+        earlier_runs=0,
+        **texts,
+    )
 
 
 def test_the_sentence_on_cost_is_that_of_the_table() -> None:

@@ -88,7 +88,7 @@ def comparisons(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
     groups: dict[tuple[str | None, str, float | None], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         shape = checkpoint.architecture.removeprefix("kn")
-        epsilon = checkpoint.privacy and checkpoint.privacy.epsilon
+        epsilon = checkpoint.privacy.epsilon if checkpoint.privacy else None
         groups.setdefault((checkpoint.recipe, shape, epsilon), []).append(checkpoint)
     compared = [sorted(group, key=lambda c: c.norm != "kernel") for group in groups.values()]
     return [group for group in compared if len(group) > 1 and group[0].norm == "kernel"]
