@@ -441,7 +441,7 @@ def in_order(rows: Iterable[Row], column: str) -> list[str]:
 
 # Differential privacy
 
-PRIVATE_HEAD = "checkpoint|norm|data, images|epsilon|delta|epsilon, RDP|noise|steps|top-1 %|hours"
+PRIVATE_HEAD = "checkpoint|norm|data, images|epsilon|delta|epsilon, RDP|noise|steps|top-1 %"
 
 
 def private_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -452,7 +452,7 @@ def private_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "Checkpoints trained by DP-SGD, one run each. [Differential privacy](privacy.md) says what "
         "epsilon and delta promise. `make verify` recomputes accuracy and epsilon.",
         private_table(checkpoints),
-        "\n".join(difference(group) for group in comparisons(checkpoints)),
+        *map(difference, comparisons(checkpoints)),
         image("private", "top-1 of the privately trained networks by epoch"),
     ]
 
@@ -472,7 +472,6 @@ def private_row(checkpoint: Checkpoint, privacy: Privacy) -> list[str]:
         f"{privacy.noise_multiplier:.3f}",
         f"{privacy.steps:,}",
         f"{top1(checkpoint):.2f}",
-        environment(checkpoint).get("training", "").removesuffix(" hours"),
     ]
 
 

@@ -48,13 +48,13 @@ def build(
 ) -> nn.Module:
     """Build `variant` as timm does, and verify a checkpoint before reading its tensors.
 
-    `defaults` are arguments of the network that the checkpoint's own arguments override.
+    `defaults` are arguments of the network, see `network_args`.
     `features_only=True` returns `FeatureMaps` unless `feature_cfg` names another `feature_cls`.
     """
+    kwargs = network_args(variant, pretrained, defaults, kwargs)
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
         asked_for = (variant, kwargs.get("pretrained_cfg"), overlay)
-        defaults = {**defaults, **loading.model_args(*asked_for)}
         overlay = _read_pickle(loading.checked_source(*asked_for, kwargs.get("cache_dir")))
     model = build_model_with_cfg(
         model_cls,
@@ -63,12 +63,23 @@ def build(
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=pretrained_filter_fn,
         feature_cfg={"feature_cls": FeatureMaps, **(feature_cfg or {})},
-        **{**defaults, **kwargs},
+        **kwargs,
     )
     for module in model.modules():  # includes the network inside a features wrapper
         # Do not keep a second copy of the tensors.
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
+
+
+def network_args(
+    variant: str, pretrained: bool, defaults: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `kwargs`, before them the checkpoint's own arguments, before these `defaults`."""
+    trained: dict[str, Any] = {}
+    if pretrained:
+        asked_for = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+        trained = loading.model_args(variant, *asked_for)
+    return {**defaults, **trained, **kwargs}
 
 
 def _read_pickle(overlay: dict[str, Any] | None) -> dict[str, Any] | None:

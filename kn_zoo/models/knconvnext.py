@@ -165,5 +165,6 @@ def knconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
-        **dict(dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)), **kwargs),
+        defaults=dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+        **kwargs,
     )

@@ -161,5 +161,6 @@ def kndensenet20x16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2)),
-        **dict(dict(depths=(5, 5, 5), growth=16), **kwargs),
+        defaults=dict(depths=(5, 5, 5), growth=16),
+        **kwargs,
     )

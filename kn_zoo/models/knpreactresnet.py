@@ -40,6 +40,7 @@ from ._build import (
     build,
     cfgs,
     drop_path_rates,
+    network_args,
 )
 
 __all__ = ["PreActResNet"]
@@ -286,13 +287,17 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(
+    variant: str, pretrained: bool, architecture: dict[str, Any], **kwargs: Any
+) -> nn.Module:
     baseline = not variant.startswith("kn")
     if baseline:
         _check_baseline(variant, kwargs)
     elif "norm" in kwargs:
         raise TypeError(f"{variant} got an unexpected argument 'norm': use {variant[2:]}")
-    small_stem = kwargs["small_stem"] = variant.endswith("_cifar")
+    small_stem = variant.endswith("_cifar")
+    defaults = dict(architecture, norm="batch" if baseline else "kernel")
+    kwargs = network_args(variant, pretrained, defaults, kwargs) | {"small_stem": small_stem}
     maps = len(kwargs["depths"]) + (not small_stem)
     return build(
         PreActResNet,
@@ -300,7 +305,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(maps))),
-        defaults=dict(norm="batch" if baseline else "kernel"),
         **kwargs,
     )
 
@@ -323,82 +327,82 @@ RESNET20 = dict(block=PreActBasic, depths=(3, 3, 3), widths=(16, 32, 64))
 @register_model
 def knpreactresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-18."""
-    return _create("knpreactresnet18", pretrained, **dict(RESNET18, **kwargs))
+    return _create("knpreactresnet18", pretrained, RESNET18, **kwargs)
 
 
 @register_model
 def knpreactresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-34."""
-    return _create("knpreactresnet34", pretrained, **dict(RESNET34, **kwargs))
+    return _create("knpreactresnet34", pretrained, RESNET34, **kwargs)
 
 
 @register_model
 def knpreactresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-50."""
-    return _create("knpreactresnet50", pretrained, **dict(RESNET50, **kwargs))
+    return _create("knpreactresnet50", pretrained, RESNET50, **kwargs)
 
 
 @register_model
 def knpreactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-18 for low resolution."""
-    return _create("knpreactresnet18_cifar", pretrained, **dict(RESNET18, **kwargs))
+    return _create("knpreactresnet18_cifar", pretrained, RESNET18, **kwargs)
 
 
 @register_model
 def knpreactresnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-34 for low resolution."""
-    return _create("knpreactresnet34_cifar", pretrained, **dict(RESNET34, **kwargs))
+    return _create("knpreactresnet34_cifar", pretrained, RESNET34, **kwargs)
 
 
 @register_model
 def knpreactresnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-50 for low resolution."""
-    return _create("knpreactresnet50_cifar", pretrained, **dict(RESNET50, **kwargs))
+    return _create("knpreactresnet50_cifar", pretrained, RESNET50, **kwargs)
 
 
 @register_model
 def knpreactresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-PreActResNet-20 (16-32-64 channels)."""
-    return _create("knpreactresnet20_cifar", pretrained, **dict(RESNET20, **kwargs))
+    return _create("knpreactresnet20_cifar", pretrained, RESNET20, **kwargs)
 
 
 @register_model
 def preactresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-18; `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet18", pretrained, **dict(RESNET18, **kwargs))
+    return _create("preactresnet18", pretrained, RESNET18, **kwargs)
 
 
 @register_model
 def preactresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-34; `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet34", pretrained, **dict(RESNET34, **kwargs))
+    return _create("preactresnet34", pretrained, RESNET34, **kwargs)
 
 
 @register_model
 def preactresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-50; `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet50", pretrained, **dict(RESNET50, **kwargs))
+    return _create("preactresnet50", pretrained, RESNET50, **kwargs)
 
 
 @register_model
 def preactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-18 for low resolution; `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet18_cifar", pretrained, **dict(RESNET18, **kwargs))
+    return _create("preactresnet18_cifar", pretrained, RESNET18, **kwargs)
 
 
 @register_model
 def preactresnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-34 for low resolution; `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet34_cifar", pretrained, **dict(RESNET34, **kwargs))
+    return _create("preactresnet34_cifar", pretrained, RESNET34, **kwargs)
 
 
 @register_model
 def preactresnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-50 for low resolution; `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet50_cifar", pretrained, **dict(RESNET50, **kwargs))
+    return _create("preactresnet50_cifar", pretrained, RESNET50, **kwargs)
 
 
 @register_model
 def preactresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-20 (16-32-64 channels); `norm`: see PreActResNet, default "batch"."""
-    return _create("preactresnet20_cifar", pretrained, **dict(RESNET20, **kwargs))
+    return _create("preactresnet20_cifar", pretrained, RESNET20, **kwargs)

@@ -291,7 +291,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(
+    variant: str, pretrained: bool, architecture: dict[str, Any], **kwargs: Any
+) -> nn.Module:
     small_stem = kwargs["small_stem"] = variant.endswith("_cifar")
     kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
@@ -300,6 +302,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(4 if small_stem else 5))),
+        defaults=architecture,
         **kwargs,
     )
 
@@ -307,34 +310,34 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 @register_model
 def knresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-18."""
-    return _create("knresnet18", pretrained, **dict(RESNET18, **kwargs))
+    return _create("knresnet18", pretrained, RESNET18, **kwargs)
 
 
 @register_model
 def knresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-34."""
-    return _create("knresnet34", pretrained, **dict(RESNET34, **kwargs))
+    return _create("knresnet34", pretrained, RESNET34, **kwargs)
 
 
 @register_model
 def knresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-50."""
-    return _create("knresnet50", pretrained, **dict(RESNET50, **kwargs))
+    return _create("knresnet50", pretrained, RESNET50, **kwargs)
 
 
 @register_model
 def knresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-18 for low resolution."""
-    return _create("knresnet18_cifar", pretrained, **dict(RESNET18, **kwargs))
+    return _create("knresnet18_cifar", pretrained, RESNET18, **kwargs)
 
 
 @register_model
 def knresnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-34 for low resolution."""
-    return _create("knresnet34_cifar", pretrained, **dict(RESNET34, **kwargs))
+    return _create("knresnet34_cifar", pretrained, RESNET34, **kwargs)
 
 
 @register_model
 def knresnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-50 for low resolution."""
-    return _create("knresnet50_cifar", pretrained, **dict(RESNET50, **kwargs))
+    return _create("knresnet50_cifar", pretrained, RESNET50, **kwargs)

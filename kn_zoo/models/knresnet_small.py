@@ -205,7 +205,9 @@ def _cfg(architecture: str) -> Cfgs:
 default_cfgs = generate_default_cfgs({**_cfg("knresnet8_cifar"), **_cfg("knresnet13_cifar")})
 
 
-def _create(variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Module:
+def _create(
+    variant: str, pretrained: bool, maps: int, architecture: dict[str, Any], **kwargs: Any
+) -> nn.Module:
     kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
         KNResNetSmall,
@@ -213,6 +215,7 @@ def _create(variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Modu
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(maps))),
+        defaults=architecture,
         **kwargs,
     )
 
@@ -221,11 +224,11 @@ def _create(variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Modu
 def knresnet8_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-8."""
     model_args = dict(widths=(128, 256), preact=False)
-    return _create("knresnet8_cifar", pretrained, 3, **dict(model_args, **kwargs))
+    return _create("knresnet8_cifar", pretrained, 3, model_args, **kwargs)
 
 
 @register_model
 def knresnet13_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNResNet-13."""
     model_args = dict(widths=(64, 64, 128, 256), preact=True)
-    return _create("knresnet13_cifar", pretrained, 4, **dict(model_args, **kwargs))
+    return _create("knresnet13_cifar", pretrained, 4, model_args, **kwargs)

@@ -119,28 +119,32 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(
+    variant: str, pretrained: bool, architecture: dict[str, Any], **kwargs: Any
+) -> nn.Module:
     # timm's list of submodules instead of `FeatureMaps`: TorchScript compiles it.
     feature_cfg = dict(feature_cls="list", out_indices=(0, 1, 2, 3))
-    return build(ResNetCifar, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build(
+        ResNetCifar, variant, pretrained, feature_cfg=feature_cfg, defaults=architecture, **kwargs
+    )
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 for low resolution; `norm`: see ResNetCifar, default "batch"."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create("resnet18_cifar", pretrained, **dict(model_args, **kwargs))
+    return _create("resnet18_cifar", pretrained, model_args, **kwargs)
 
 
 @register_model
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-34 for low resolution; `norm`: see ResNetCifar, default "batch"."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
-    return _create("resnet34_cifar", pretrained, **dict(model_args, **kwargs))
+    return _create("resnet34_cifar", pretrained, model_args, **kwargs)
 
 
 @register_model
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-50 for low resolution; `norm`: see ResNetCifar, default "batch"."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return _create("resnet50_cifar", pretrained, **dict(model_args, **kwargs))
+    return _create("resnet50_cifar", pretrained, model_args, **kwargs)

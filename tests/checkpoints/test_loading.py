@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,23 @@ def test_a_users_argument_wins_over_the_checkpoints(zoo: Zoo) -> None:
     model = load(dropout_p=0.25)
     assert next(m.dropout_p for m in model.modules() if hasattr(m, "dropout_p")) == 0.25
     assert zoo.same(model)
+
+
+def test_a_checkpoint_of_another_depth_and_width_loads(
+    tmp_path: Path, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint's arguments come before the architecture's own."""
+    arguments: dict[str, Any] = {"depths": [1, 2], "widths": [4, 8]}
+    model = timm.create_model(ARCHITECTURE, num_classes=10, in_chans=1, **arguments)
+    name = f"{ARCHITECTURE}.shallow"
+    draft = replace(tiny_zoo.draft(name), model_args=arguments)
+    tiny_zoo.write(model, draft, tmp_path / "log.csv")
+    tiny_zoo.register(monkeypatch)
+    assert Zoo(draft, model).same(timm.create_model(name, pretrained=True))
+    features: Any = timm.create_model(name, pretrained=True, features_only=True)
+    assert features.feature_info.channels() == [4, 8]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        timm.create_model(name, pretrained=True, widths=(8, 8))
 
 
 def test_timm_lists_what_is_available() -> None:
