@@ -74,7 +74,7 @@ def build(
 def network_args(
     variant: str, pretrained: bool, defaults: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return `kwargs`, before them the checkpoint's own arguments, before these `defaults`."""
+    """Merge arguments: `kwargs` override the checkpoint's own, which override `defaults`."""
     trained: dict[str, Any] = {}
     if pretrained:
         asked_for = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
