@@ -151,9 +151,8 @@ def main(
         results = Results(header, rows)
         if interrupted:  # and leave earlier, whole results alone
             output = output.with_name(f"partial_{output.name}")
-    from kn_zoo.evaluation.benchmark_figures import (
-        plot,
-    )  # the process that measures does not need matplotlib
+    # Here, because the process that measures does not need matplotlib.
+    from kn_zoo.evaluation.benchmark_figures import plot
 
     files.write_text(output, results.to_csv())
     written = [output, *plot(results, output)]

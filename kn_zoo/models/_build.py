@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,15 +42,13 @@ def build(
     *,
     pretrained_filter_fn: Callable[[StateDict, Any], StateDict] | None = None,
     feature_cfg: dict[str, Any] | None = None,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
     **kwargs: Any,
 ) -> nn.Module:
     """Build `variant` as timm does, and verify a checkpoint before reading its tensors.
 
-    `defaults` are arguments of the network, see `network_args`.
+    `kwargs` are complete: see `network_args`.
     `features_only=True` returns `FeatureMaps` unless `feature_cfg` names another `feature_cls`.
     """
-    kwargs = network_args(variant, pretrained, defaults, kwargs)
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained:
         asked_for = (variant, kwargs.get("pretrained_cfg"), overlay)

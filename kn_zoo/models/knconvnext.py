@@ -23,7 +23,7 @@ from ._base import (
     StageGeometry,
     stage_geometries,
 )
-from ._build import IMAGENET, StateDict, build, cfgs, drop_path_rates
+from ._build import IMAGENET, StateDict, build, cfgs, drop_path_rates, network_args
 
 __all__ = ["KNConvNeXt"]
 
@@ -158,6 +158,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def knconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KN-ConvNeXt-Tiny."""
+    architecture = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
     kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
         KNConvNeXt,
@@ -165,6 +166,5 @@ def knconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
-        defaults=dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
-        **kwargs,
+        **network_args("knconvnext_tiny", pretrained, architecture, kwargs),
     )

@@ -21,7 +21,7 @@ from ._base import (
     init_weights,
     stage_geometries,
 )
-from ._build import CIFAR, StateDict, build, cfgs
+from ._build import CIFAR, StateDict, build, cfgs, network_args
 
 __all__ = ["KNDenseNet"]
 
@@ -154,6 +154,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def kndensenet20x16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """KNDenseNet-20x16."""
+    architecture = dict(depths=(5, 5, 5), growth=16)
     kwargs.setdefault("dense_maps", kwargs.get("features_only", False))
     return build(
         KNDenseNet,
@@ -161,6 +162,5 @@ def kndensenet20x16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2)),
-        defaults=dict(depths=(5, 5, 5), growth=16),
-        **kwargs,
+        **network_args("kndensenet20x16_cifar", pretrained, architecture, kwargs),
     )

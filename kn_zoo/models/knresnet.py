@@ -26,7 +26,7 @@ from ._base import (
     resnet_stem,
     stage_geometries,
 )
-from ._build import CIFAR, IMAGENET, Cfgs, StateDict, build, cfgs, drop_path_rates
+from ._build import CIFAR, IMAGENET, Cfgs, StateDict, build, cfgs, drop_path_rates, network_args
 
 __all__ = ["KNResNet"]
 
@@ -302,8 +302,7 @@ def _create(
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(4 if small_stem else 5))),
-        defaults=architecture,
-        **kwargs,
+        **network_args(variant, pretrained, architecture, kwargs),
     )
 
 

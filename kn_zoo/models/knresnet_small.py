@@ -25,7 +25,7 @@ from ._base import (
     max_pool,
     stage_geometries,
 )
-from ._build import CIFAR, Cfgs, StateDict, build, cfgs, drop_path_rates
+from ._build import CIFAR, Cfgs, StateDict, build, cfgs, drop_path_rates, network_args
 
 __all__ = ["KNResNetSmall"]
 
@@ -215,8 +215,7 @@ def _create(
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(maps))),
-        defaults=architecture,
-        **kwargs,
+        **network_args(variant, pretrained, architecture, kwargs),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kn_zoo.layers import LocalContextNorm
 
 from ._base import Features, check_size
-from ._build import CIFAR_MEAN_STD, Cfgs, build, cfgs
+from ._build import CIFAR_MEAN_STD, Cfgs, build, cfgs, network_args
 
 __all__ = ["ResNetCifar"]
 
@@ -124,9 +124,8 @@ def _create(
 ) -> nn.Module:
     # timm's list of submodules instead of `FeatureMaps`: TorchScript compiles it.
     feature_cfg = dict(feature_cls="list", out_indices=(0, 1, 2, 3))
-    return build(
-        ResNetCifar, variant, pretrained, feature_cfg=feature_cfg, defaults=architecture, **kwargs
-    )
+    kwargs = network_args(variant, pretrained, architecture, kwargs)
+    return build(ResNetCifar, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model

@@ -248,7 +248,7 @@ class DeviceBatches:
             top, left, flip = self.draw(random, size)
             index = indices[step * size :][mine]
             pixels, targets = self.gather(index, top[mine], left[mine], flip[mine])
-            yield pixels if side is None else resize(pixels, side), targets
+            yield resize(pixels, side), targets
 
     def draw(self, random: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
         """Draw first rows, first columns and flips of the crops of `size` images: (size,) each."""
@@ -266,9 +266,9 @@ class DeviceBatches:
         return ((crops - self.mean) / self.std).permute(0, 3, 1, 2), self.targets[i]
 
 
-def resize(pixels: Tensor, side: int) -> Tensor:
-    """Resize (B, C, H, W) to (B, C, side, side), bilinear with antialiasing."""
-    if pixels.shape[-2:] == (side, side):
+def resize(pixels: Tensor, side: int | None) -> Tensor:
+    """Resize (B, C, H, W) to (B, C, side, side), bilinear with antialiasing; None: not at all."""
+    if side is None or pixels.shape[-2:] == (side, side):
         return pixels
     return interpolate(pixels, (side, side), mode="bilinear", antialias=True)
 

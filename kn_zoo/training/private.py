@@ -236,7 +236,7 @@ class PrivateTrainer:
         crops = self.images.draw(self.random, len(indices))
         pixels, targets = self.images.gather(np.asarray(indices, int), *crops)
         side = self.recipe.resolution(1 + self.progress.steps // self.steps_per_epoch)
-        pixels = pixels if side is None else resize(pixels, side)
+        pixels = resize(pixels, side)
         logits = self.model(pixels.to(memory_format=memory_format(self.recipe)))
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
