@@ -12,6 +12,7 @@ gradient of the layer's output, 0 where a fused ReLU is 0, and q the output's pi
     grad_bias[n, o]   = sum_q G[n, o, q]
     grad_weight[n, o] = sum_q G * rstd * (unfold(x) - mu)
 
+of the filters that are convolved; standardized filters pass it on to `weight` and `gain`.
 mu and rstd are those of the forward pass, with the dropout mask that was drawn there: a layer that
 is made private keeps both, and its output's sign, until the hook of the backward pass takes them.
 
@@ -36,6 +37,7 @@ from timm.layers import GroupNormAct
 from torch import Tensor, nn
 
 from kn_zoo.layers import KNConv2d
+from kn_zoo.layers.functional import standardized_weight
 from kn_zoo.layers.reference import ReferenceKNConv2d
 
 __all__ = ["PrivateKNConv2d", "restore"]
@@ -108,11 +110,9 @@ def _make_private(layer: KNConv2d) -> list[UnsupportedModuleError]:
 
 @register_grad_sampler(PrivateKNConv2d)
 def _grad_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tensor) -> Gradients:
-    """Gradient of every image: {weight: (N, O, C / groups, kh, kw), bias: (N, O)}."""
+    """Gradient of every image: {weight: (N, O, C / groups, kh, kw), bias and gain: (N, O)}."""
     grad, mu, rstd = _gradient_and_statistics(layer, grad)
-    samples: Gradients = {}
-    if layer.weight.requires_grad:
-        samples[layer.weight] = _weight_gradients(layer, activations[0], grad * rstd, mu)
+    samples = _filter_gradients(layer, activations[0], grad * rstd, mu)
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = grad.flatten(2).sum(2)
     return samples
@@ -120,10 +120,13 @@ def _grad_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tenso
 
 @register_norm_sampler(PrivateKNConv2d)
 def _norm_samples(layer: PrivateKNConv2d, activations: list[Tensor], grad: Tensor) -> Gradients:
-    """Norm of every image's gradient, (N,), for the weight and for the bias."""
+    """Norm of every image's gradient, (N,), for each parameter."""
     grad, mu, rstd = _gradient_and_statistics(layer, grad)
     norms: Gradients = {}
-    if layer.weight.requires_grad:
+    if layer.gain is not None:
+        gradients = _filter_gradients(layer, activations[0], grad * rstd, mu)
+        norms = {p: samples.flatten(1).norm(2, dim=1) for p, samples in gradients.items()}
+    elif layer.weight.requires_grad:
         norms[layer.weight] = _weight_norms(layer, activations[0], grad * rstd, mu)
     if layer.bias is not None and layer.bias.requires_grad:
         norms[layer.bias] = grad.flatten(2).sum(2).norm(2, dim=1)
@@ -153,6 +156,19 @@ def _gradient_and_statistics(layer: PrivateKNConv2d, grad: Tensor) -> tuple[Tens
         )
     mu, rstd, positive = layer.kept.pop()
     return grad if positive is None else grad * positive, mu, rstd
+
+
+def _filter_gradients(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Tensor) -> Gradients:
+    """Gradient of every image for the weight and, if filters are standardized, for the gain."""
+    parameters = [p for p in (layer.weight, layer.gain) if p is not None]
+    if not any(p.requires_grad for p in parameters):
+        return {}
+    gradients = [_weight_gradients(layer, x, scaled, mu)]
+    if layer.gain is not None:
+        pullback = torch.func.vjp(standardized_weight, layer.weight, layer.gain)[1]
+        gradients = torch.vmap(pullback)(gradients[0])
+    pairs = zip(parameters, gradients, strict=True)
+    return {p: samples for p, samples in pairs if p.requires_grad}
 
 
 def _weight_gradients(layer: PrivateKNConv2d, x: Tensor, scaled: Tensor, mu: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def layers(draw: st.DrawFn) -> KNConv2d:
         dropout_p=draw(st.sampled_from([0.0, 0.1])),
         dropout=draw(st.sampled_from(["mask", "gaussian"])),
         relu=draw(st.booleans()),
+        weight_standardization=draw(st.booleans()),
         dtype=torch.float64,
     )
 

@@ -38,7 +38,7 @@ def bare_conv(layer: KNConv2d, bias: bool) -> nn.Module:
         layer.groups,
         bias,
     )
-    conv.weight.data.copy_(layer.weight)
+    conv.weight.data.copy_(layer.effective_weight())
     return conv if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
 
 

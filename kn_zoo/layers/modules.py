@@ -12,6 +12,7 @@ from .functional import (
     kernel_norm,
     kn_conv,
     split_dropout,
+    standardized_weight,
     zero_mean_weight,
 )
 
@@ -89,6 +90,7 @@ class _KNConv(nn.modules.conv._ConvNd):
         inference_statistics: str = "expected",
         dropout: str = "mask",
         relu: bool = False,
+        weight_standardization: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -119,6 +121,14 @@ class _KNConv(nn.modules.conv._ConvNd):
         self.inference_statistics = inference_statistics
         self.dropout = dropout
         self.relu = relu
+        self.register_parameter("gain", None)
+        if weight_standardization:  # variance 2 for uncorrelated inputs, which a ReLU halves
+            self.gain = nn.Parameter(self.weight.new_full((out_channels,), 2**0.5))
+
+    def effective_weight(self) -> Tensor:
+        """Return the filters of the convolution: `weight`, or `weight` standardized."""
+        gain = self.gain
+        return self.weight if gain is None else standardized_weight(self.weight, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_statistics(x)[0]
@@ -127,7 +137,7 @@ class _KNConv(nn.modules.conv._ConvNd):
         """Return the output and the maps (mu, rstd) of this call; see `kn_conv_with_statistics`."""
         return kn_conv_with_statistics(
             x,
-            self.weight,
+            self.effective_weight(),
             self.bias,
             Window(self.kernel_size, self.stride, self.padding_sides, self.dilation),
             self.groups,
@@ -144,7 +154,8 @@ class _KNConv(nn.modules.conv._ConvNd):
             f"stride={self.stride}, padding={self.padding_sides}, dilation={self.dilation}, "
             f"groups={self.groups}, bias={self.bias is not None}, dropout_p={self.dropout_p}, "
             f"eps={self.eps}, inference_statistics={self.inference_statistics!r}, "
-            f"dropout={self.dropout!r}, relu={self.relu}"
+            f"dropout={self.dropout!r}, relu={self.relu}, "
+            f"weight_standardization={self.gain is not None}"
         )
 
 
@@ -167,6 +178,8 @@ class KNConv2d(_KNConv, nn.Conv2d):
       if there are 16 channels or more. Compilers fuse it. At inference it matters to "sampled".
     - `relu` returns the ReLU of the output. Training then keeps one tensor less than with `nn.ReLU`
       after the layer; as with that, do not write over the result before the backward pass.
+    - `weight_standardization` (Qiao et al., 2019, arXiv 1903.10520) takes every filter's mean off
+      and divides it by its norm, times a learned `gain`, which starts at the square root of 2.
 
     Input (N, C, H, W) or (C, H, W); output as `nn.Conv2d`'s, in the memory format of the input.
     Unsupported settings raise ValueError, an input that is not floating-point TypeError.
@@ -209,7 +222,7 @@ class FrozenKNConv(nn.Module):
 
     def __init__(self, layer: _KNConv) -> None:
         super().__init__()
-        weight = layer.weight.detach()
+        weight = layer.effective_weight().detach()
         self.register_buffer("weight", zero_mean_weight(weight) if layer.groups == 1 else weight)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.kernel_size, self.stride = layer.kernel_size, layer.stride

@@ -21,9 +21,10 @@ class ReferenceKNConv2d(KNConv2d):
         if self.inference_statistics == "expected" and not sampled:
             square = units.square().mean(1)
             var = square / (1 - p) - mu.square() - p / (1 - p) * square / n
-        conv = F.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
+        weight = self.effective_weight()
+        conv = F.conv2d(x, weight, None, self.stride, 0, self.dilation, self.groups)
         maps = (conv.shape[0], 1, *conv.shape[2:])
-        weight_sum = self.weight.sum((1, 2, 3)).view(1, -1, 1, 1)
+        weight_sum = weight.sum((1, 2, 3)).view(1, -1, 1, 1)
         out = (conv - mu.view(maps) * weight_sum) / torch.sqrt(var.view(maps) + self.eps)
         out = out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
         return F.relu(out) if self.relu else out

@@ -66,6 +66,7 @@ class KNLayers:
     dropout: str
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+    weight_standardization: bool = False
 
     def conv(
         self, in_chs: int, out_chs: int, kernel_size: int, *, relu: bool = False, **geometry: Any
@@ -80,6 +81,7 @@ class KNLayers:
             inference_statistics=self.inference_statistics,
             dropout=self.dropout,
             relu=relu,
+            weight_standardization=self.weight_standardization,
             device=self.device,
             dtype=self.dtype,
         )

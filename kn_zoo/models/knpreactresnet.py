@@ -174,8 +174,9 @@ class PreActResNet(StagedNetwork):
         output_stride: largest reduction of the stages' maps; further stages dilate instead of
             striding. The maps contain the values of the strided network.
         dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
-            uses min(5 * dropout_p, 0.5). Like `inference_statistics` and `dropout`, only for
-            norm="kernel".
+            uses min(5 * dropout_p, 0.5). Like `inference_statistics`, `dropout` and
+            `weight_standardization`, only for norm="kernel".
+        weight_standardization: standardize the filters, see KNConv2d; not in the paper.
     """
 
     def __init__(
@@ -193,12 +194,21 @@ class PreActResNet(StagedNetwork):
         dropout_p: float = 0.05,
         inference_statistics: str = "expected",
         dropout: str = "mask",
+        weight_standardization: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        kn_layers = KNLayers(act_layer, dropout_p, inference_statistics, dropout, device, dtype)
+        kn_layers = KNLayers(
+            act_layer,
+            dropout_p,
+            inference_statistics,
+            dropout,
+            device,
+            dtype,
+            weight_standardization,
+        )
         layers: Layers = kn_layers
         if norm in BASELINE_NORMS:
             layers = BaselineLayers(norm, act_layer, 16 if small_stem else 227, device, dtype)
@@ -313,7 +323,7 @@ def _check_baseline(variant: str, kwargs: dict[str, Any]) -> None:
     """Reject norm="kernel" and the arguments that only kernel normalization uses."""
     if kwargs.get("norm") == "kernel":
         raise ValueError(f"norm='kernel': use kn{variant}")
-    for name in ("dropout_p", "inference_statistics", "dropout"):
+    for name in ("dropout_p", "inference_statistics", "dropout", "weight_standardization"):
         if name in kwargs:
             raise TypeError(f"{variant} got an unexpected argument {name!r}: use kn{variant}")
 

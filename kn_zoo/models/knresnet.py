@@ -141,6 +141,7 @@ class KNResNet(StagedNetwork):
             padded by (1, 0, 1, 0) instead of (2, 1, 2, 1).
         dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
             uses min(5 * dropout_p, 0.25).
+        weight_standardization: standardize the filters, see KNConv2d; not in the paper.
     """
 
     def __init__(
@@ -159,12 +160,21 @@ class KNResNet(StagedNetwork):
         dropout_p: float = 0.05,
         inference_statistics: str = "expected",
         dropout: str = "mask",
+        weight_standardization: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        layers = KNLayers(act_layer, dropout_p, inference_statistics, dropout, device, dtype)
+        layers = KNLayers(
+            act_layer,
+            dropout_p,
+            inference_statistics,
+            dropout,
+            device,
+            dtype,
+            weight_standardization,
+        )
         chs = channels[0]
         stem, pool, feature_info = resnet_stem(layers, in_chans, chs, small_stem)
         geometries = stage_geometries(1 if small_stem else 4, len(depths), output_stride)

@@ -69,6 +69,7 @@ def convolutions(draw: Any) -> Any:
         bias=draw(st.booleans()),
         dropout_p=draw(st.sampled_from([0.0, 0.05, 0.3])),
         inference_statistics=draw(st.sampled_from(["expected", "plain"])),
+        weight_standardization=draw(st.booleans()),
     )
     least = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     height, width = (n + draw(st.integers(0, 6)) for n in least)
@@ -255,6 +256,43 @@ def test_gradcheck_of_many_channels(dropout: Any, memory_format: Any, relu: Any)
     inputs = (x, layer.weight, layer.bias)
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.floats(0.1, 10), st.floats(-5, 5), st.integers(0, 99)
+)
+@settings(max_examples=30, deadline=None)
+def test_standardized_filters(out: int, kernel: int, scale: float, shift: float, seed: int) -> None:
+    """Their mean is 0 and their norm the gain, whatever the weight's scale and mean are."""
+    torch.manual_seed(seed)
+    layer = KNConv2d(3, out, kernel, weight_standardization=True).double()
+    nn.init.uniform_(layer.gain, -2, 2)
+    filters = layer.effective_weight().flatten(1)
+    torch.testing.assert_close(filters.sum(1), torch.zeros(out, dtype=torch.float64))
+    torch.testing.assert_close(filters.norm(dim=1), layer.gain.abs())
+    layer.weight.data.mul_(scale).add_(shift)
+    torch.testing.assert_close(layer.effective_weight().flatten(1), filters)
+
+
+def test_gradcheck_of_standardized_filters() -> None:
+    torch.manual_seed(0)
+    layer = KNConv2d(4, 2, 3, groups=2, dropout_p=0.0, weight_standardization=True).double()
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
+
+    def run(weight: Tensor, gain: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight, "gain": gain}, (x,))
+
+    assert torch.autograd.gradcheck(run, (layer.weight, layer.gain))
+    assert torch.autograd.gradgradcheck(run, (layer.weight, layer.gain))
+
+
+def test_a_standardized_filter_of_zeros_gives_the_bias() -> None:
+    layer = KNConv2d(4, 2, 3, weight_standardization=True)
+    nn.init.zeros_(layer.weight)
+    out = layer(torch.randn(2, 4, 5, 5))
+    torch.testing.assert_close(out, layer.bias.view(-1, 1, 1).expand_as(out))
+    out.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("padding", [0, 1, (1, 0, 1, 0)])
@@ -612,7 +650,9 @@ class Pair(nn.Module):
 
     def __init__(self, dropout_p: Any = 0.1) -> None:
         super().__init__()
-        self.conv = KNConv2d(3, 20, 3, padding=(1, 0, 1, 0), dropout_p=dropout_p)
+        self.conv = KNConv2d(
+            3, 20, 3, padding=(1, 0, 1, 0), dropout_p=dropout_p, weight_standardization=True
+        )
         self.inner = KNConv2d(20, 20, 2, stride=2, padding=1, dropout_p=dropout_p)
         self.norm = KernelNorm2d(1, dropout_p=dropout_p)
 

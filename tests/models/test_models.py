@@ -335,6 +335,8 @@ def test_wrong_names_are_refused_with_the_right_ones() -> None:
         create("knpreactresnet18_cifar", norm="batch")
     with pytest.raises(TypeError, match="dropout_p"):
         create("preactresnet18_cifar", dropout_p=0.1)
+    with pytest.raises(TypeError, match="weight_standardization"):
+        create("preactresnet18_cifar", weight_standardization=True)
     with pytest.raises(ValueError, match="relu"):
         create("knresnet18_cifar", act_layer="mishh")
     with pytest.raises(ValueError, match="expected"):
@@ -359,6 +361,16 @@ def test_model_arguments_reach_every_layer(architecture: str) -> None:
     assert not any(isinstance(m, nn.ReLU) for m in model.modules())
     kn_zoo.set_inference_statistics(model, "plain")
     assert {m.inference_statistics for m in [*convolutions, *norms]} == {"plain"}
+
+
+@pytest.mark.parametrize("architecture", ["knresnet18_cifar", "knpreactresnet20_cifar"])
+def test_weight_standardization_reaches_every_layer(architecture: str) -> None:
+    model = create(architecture, weight_standardization=True).eval()
+    assert all(m.gain is not None for m in model.modules() if isinstance(m, KNConv2d))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(kn_zoo.freeze(model)(x), model(x), rtol=1e-3, atol=1e-4)
+    plain = create(architecture)
+    assert not any("gain" in name for name in plain.state_dict())
 
 
 @pytest.mark.parametrize("architecture", KERNEL)
