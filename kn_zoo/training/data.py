@@ -67,13 +67,14 @@ def load(
 ) -> Any:
     """Load a data set of `kn_zoo.data`, or one of timm's `create_dataset`.
 
+    A split can be a slice: "train[:1000]" or "train[48000:]" (for timm's, of a reader that slices).
     timm's names are `folder`, `tar`, `torch/...` and `hfds/...`, and for training also the streams
     `wds/...`, `hfids/...` and `tfds/...`. `stream` passes seed and batch_size to a stream.
 
     Raises MissingData or UserError.
     """
     if name in data.SPLITS:
-        return data.load(name, split, config.data_dir, download=config.download)
+        return _load_slice(name, split, config)
     root = data.data_dir(config.data_dir)
     try:
         dataset = create_dataset(
@@ -97,20 +98,28 @@ def load(
     return dataset
 
 
+def _load_slice(name: str, split: str, config: DataConfig) -> Any:
+    """Load a split of a data set of `kn_zoo.data`, or a slice of one."""
+    part = re.fullmatch(r"(\w+)\[(\d*):(\d*)\]", split)
+    if part is None:
+        return data.load(name, split, config.data_dir, download=config.download)
+    images = data.load(name, part[1], config.data_dir, download=config.download)
+    start, stop = int(part[2] or 0), int(part[3] or len(images))
+    if not start < stop <= len(images):
+        raise UserError(f"split {split}: {name} {part[1]} has {len(images)} images")
+    return Subset(images, range(start, stop))
+
+
 def load_training(recipe: Recipe, config: DataConfig, **stream: Any) -> Any:
-    """Load the training images of a recipe; "train[:N]" selects the first N."""
-    name, split = recipe.train_dataset or recipe.dataset, recipe.train_split
-    part = re.fullmatch(r"(\w+)\[:(\d+)\]", split) if name in data.SPLITS else None
-    if part is None:  # timm's readers parse such splits themselves
-        return load(name, split, config, training=True, **stream)
-    images, count = load(name, part[1], config), int(part[2])
-    if not 0 < count <= len(images):
-        raise UserError(f"train_split {split}: {name} {part[1]} has {len(images)} images")
-    return Subset(images, range(count))
+    """Load the training images of a recipe."""
+    name = recipe.train_dataset or recipe.dataset
+    return load(name, recipe.train_split, config, training=True, **stream)
 
 
 def class_names(images: Any, recipe: Recipe) -> list[str]:
     """Return the names of the classes; their ids if the data set has no names."""
+    if isinstance(images, Subset):
+        images = images.dataset
     if names := getattr(images, "class_names", None) or getattr(images, "classes", None):
         return list(names)
     ids = getattr(getattr(images, "reader", None), "class_to_idx", None)

@@ -52,8 +52,8 @@ class Recipe:
     name: str  # architecture.tag of the checkpoint
     model_args: dict[str, Any]  # keyword arguments of the network
     dataset: str  # data set to evaluate on: a name in kn_zoo.data or of timm's create_dataset
-    train_split: str  # split to train on; "train[:10000]" selects the first images (kn_zoo.data)
-    eval_split: str  # split to evaluate on
+    train_split: str  # split to train on, or a slice of it: "train[:10000]" (kn_zoo.data)
+    eval_split: str  # split to evaluate on, or a slice of it
     preprocessing: dict[str, Any]  # of evaluation, as in pretrained_cfg; training shares mean, std
     epochs: int  # number of epochs
     batch_size: int  # images per update, summed over devices and accumulation steps

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from kn_zoo.checkpoints import bundle
 from kn_zoo.training.data import DataConfig, load_training, split_off, targets_of
 from kn_zoo.training.recipe import Recipe
@@ -31,28 +33,46 @@ def run_grid(
 ) -> None:
     """Train each recipe from each seed; the table has one row per run and no weights are stored.
 
-    The table is rewritten after each run; its comment describes the environment of the last.
+    Runs that the table contains are not trained again. It is read and rewritten after each run, so
+    that it can grow over days and machines; its comment describes the environment of the last run.
     """
-    rows: list[dict[str, Any]] = []
     table.parent.mkdir(parents=True, exist_ok=True)  # fail before hours of training
     for seed in seeds:
         for recipe in recipes:
+            settings = grid_settings(recipe, seed)
+            if contains(read_rows(table), settings):
+                continue
             run_dir = folder / recipe.name / f"seed-{seed}"
             run = train_and_evaluate(replace(recipe, seed=seed), run_dir, data_config, run_config)
             accuracy = run.statistics["expected"]
-            rows.append(
-                {
-                    "recipe": recipe.name,
-                    "norm": recipe.norm,
-                    "batch_size": recipe.batch_size,
-                    "lr": recipe.optimizer["lr"],
-                    "epochs": recipe.epochs,
-                    "seed": seed,
-                    "top1": accuracy.top1,
-                    "top5": accuracy.top5,
-                }
-            )
-            write_csv(table, rows, bundle.environment())
+            row = settings | {"top1": accuracy.top1, "top5": accuracy.top5}
+            if PartialState().is_main_process:
+                write_csv(table, [*read_rows(table), row], bundle.environment())
+
+
+def grid_settings(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Return what identifies a run of a grid."""
+    return {
+        "recipe": recipe.name,
+        "norm": recipe.norm,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.optimizer["lr"],
+        "epochs": recipe.epochs,
+        "seed": seed,
+    }
+
+
+def read_rows(table: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table written by `write_csv`, as text; none if there is no such file."""
+    if not table.exists():
+        return []
+    lines = table.read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def contains(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> bool:
+    """Whether a row has these settings."""
+    return any(all(row.get(k) == str(v) for k, v in settings.items()) for row in rows)
 
 
 def search_lrs(
@@ -100,10 +120,7 @@ def search_lr(
     fraction = recipe.held_out or HELD_OUT
     table = folder / "lr_search.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    if table.exists():
-        completed = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-        rows = [row | {key: float(row[key]) for key in ("lr", "top1")} for row in completed]
+    rows = [row | {k: float(row[k]) for k in ("lr", "top1")} for row in read_rows(table)]
     images = load_training(recipe, data_config)
     chance = 100 / len(set(targets_of(split_off(images, fraction)[1])))
     lr = rows[-1]["lr"] / 2 if rows else first

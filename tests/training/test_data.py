@@ -13,7 +13,15 @@ import yaml
 from kn_zoo import data
 from kn_zoo.checkpoints.bundle import Bundle
 from kn_zoo.training import trainer as training
-from kn_zoo.training.data import DataConfig, Subset, load, load_training, split_off, targets_of
+from kn_zoo.training.data import (
+    DataConfig,
+    Subset,
+    class_names,
+    load,
+    load_training,
+    split_off,
+    targets_of,
+)
 from kn_zoo.training.recipe import Recipe, UserError
 from tests.training import runs
 
@@ -135,8 +143,11 @@ def test_a_folder_can_be_evaluated_and_names_its_classes(digits: Path, tmp_path:
     assert len(bundle.predictions().targets) == IMAGES
 
 
-def test_a_split_can_be_limited_to_its_first_images(tmp_path: Path) -> None:
+def test_a_slice_of_a_split(tmp_path: Path) -> None:
     path = runs.write_recipe(tmp_path / "recipe.yaml", train_split="train[:100]")
+    last = load("digits", "train[1000:]", DataConfig())
+    assert targets_of(last) == data.Digits(train=True).targets[1000:]
+    assert class_names(last, Recipe.read(path)) == data.Digits(train=True).class_names
     part, whole = load_training(Recipe.read(path), DataConfig()), data.Digits(train=True)
     assert len(part) == 100 and targets_of(part) == whole.targets[:100]
     rest, held = split_off(part, 0.1)
@@ -144,7 +155,7 @@ def test_a_split_can_be_limited_to_its_first_images(tmp_path: Path) -> None:
     assert rest[0][1] == whole.targets[rest.indices[0]]
     rest.transform = str
     assert held.transform is None
-    for split in ("train[:0]", "train[:1202]"):
+    for split in ("train[:0]", "train[:1202]", "train[1201:]", "train[7:7]"):
         with pytest.raises(UserError, match="has 1201 images"):
             load_training(replace(Recipe.read(path), train_split=split), DataConfig())
 

@@ -440,6 +440,9 @@ def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training.Trainer, "train", None)  # completed runs are not trained again
     before = table.read_text()
     assert run(*command) == 0 and table.read_text() == before
+    shutil.rmtree(tmp_path / "preactresnet20_cifar.b")  # as on another machine
+    assert run(*command) == 0 and table.read_text() == before
+    assert run(*command, "--epochs", "9") == 2, "another recipe is another run"
 
 
 def test_a_grid_stores_no_weights(
