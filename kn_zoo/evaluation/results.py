@@ -15,12 +15,15 @@ from kn_zoo.checkpoints.manifest import Checkpoint, Privacy
 from kn_zoo.evaluation import measurements
 from kn_zoo.evaluation.goals import SMALL_BATCH_SIZE
 from kn_zoo.evaluation.measurements import TASKS, Results, Setting, Spread, Workload
+from kn_zoo.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "results"
 SMALL_BATCH = FIGURES / "small_batch.csv"
 SMALL_BATCH_RECIPE = "train_scripts/recipes/small_batch.yaml"
+GAP = FIGURES / "gap.csv"
+GAP_RECIPE = "train_scripts/recipes/cifar100_gap.yaml"
 CAMVID = FIGURES / "camvid_small_batch.csv"
 CAMVID_RECIPE = "train_scripts/recipes/segmentation/camvid_small_batch.yaml"
 BENCHMARK = FIGURES / "benchmark_cpu.csv"
@@ -51,6 +54,7 @@ def page() -> str:
         *cost_section(measurements.read(BENCHMARK)),
         *statistics_section([c for c in checkpoints + private if c.norm == "kernel"]),
         *curves_section(checkpoints),
+        *gap_section(read_table(GAP), as_mapping(comments(GAP))),
         *small_batch_section(rows, recipe, as_mapping(comments(SMALL_BATCH))),
         *camvid_section(read_table(CAMVID), as_mapping(comments(CAMVID))),
         *private_section(private),
@@ -347,6 +351,41 @@ def curves_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
         parts.append(f"`{group[0].recipe}`, accuracy measured on {on}:")
         parts.append(image(f"curves_{name}", "loss and accuracy by epoch"))
     return parts
+
+
+# Changes to the small network
+
+
+def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
+    """Accuracy on held-out images with other filters and activations, the most accurate first."""
+    if not rows:
+        return []
+    recipe = Recipe.read(ROOT / GAP_RECIPE, rows[0]["recipe"])
+    runs = {name: [r for r in rows if r["recipe"] == name] for name in in_order(rows, "recipe")}
+    scores = {name: [float(row["top1"]) for row in group] for name, group in runs.items()}
+    names = sorted(scores, key=lambda name: -mean(scores[name]))
+    cells = [
+        [NORMS[runs[name][0]["norm"]], changes(name), mean_and_sd(scores[name])] for name in names
+    ]
+    side = recipe.preprocessing["input_size"][-1]
+    return [
+        "## Filters and activations of the small network",
+        "BatchNorm normalizes each channel, kernel normalization all channels of a window "
+        f"together. `{recipe.architecture}` and its BatchNorm twin with other filters and "
+        f"activations: {recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
+        f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}`; one seed each, "
+        "unless an SD follows. Test images are not used.",
+        table("norm|changes|top-1 %", cells),
+        f"Measured on: {machine(recorded)}. Recipe: `{GAP_RECIPE}`.",
+    ]
+
+
+def changes(variant: str) -> str:
+    """What a variant of the gap's recipe changes in the network."""
+    args = Recipe.read(ROOT / GAP_RECIPE, variant).model_args
+    phrases = ["standardized filters"] if args.get("weight_standardization") else []
+    phrases += [f"{args['act_layer']} for ReLU"] if "act_layer" in args else []
+    return ", ".join(phrases) or "none"
 
 
 # Batch size
