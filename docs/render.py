@@ -244,7 +244,7 @@ def private_cost() -> str:
         f"A training step ({header['step']}, float32), medians of {count} rounds in which the "
         "cases take turns; "
         "`none` is a step without privacy. Memory is what the steps add to the process.\n\n"
-        f"{private_benchmark.table(measured)}\n\n{machine}."
+        f"{private_benchmark.table(measured)}\n\n{private_benchmark.goals(measured)}\n\n{machine}."
     )
 
 

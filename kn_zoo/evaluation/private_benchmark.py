@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kn_zoo import KernelNorm2d, KNConv2d
+from kn_zoo.evaluation.goals import at_most, verdict
 from kn_zoo.evaluation.results import table as markdown_table
 from kn_zoo.evaluation.variants import build
 
@@ -184,6 +185,22 @@ def table(measured: Sequence[Measured]) -> str:
         for row in measured
     ]
     return markdown_table(head, rows)
+
+
+def goals(measured: Sequence[Measured]) -> str:
+    """Return a Markdown table of the goals of kernel normalization and what was measured."""
+    hooks, ghost = Case("kernel_norm", "hooks"), Case("kernel_norm", "ghost")
+    no_dropout = Case("kernel_norm", "hooks", dropout=False)
+    functorch = Case("kernel_norm", "functorch", dropout=False)
+    to_group_norm = ratio(measured, hooks, Case("group_norm", "hooks"))
+    speedup = ratio(measured, functorch, no_dropout)
+    memory = {row.case: row.memory_mib for row in measured}
+    judged = [
+        verdict("hooks, time / GroupNorm's <= 1.20", {"": to_group_norm}, at_most(1.2)),
+        verdict("time of functorch / of hooks >= 3", {"": speedup}, lambda times: times >= 3),
+        verdict("memory, ghost / hooks <= 1", {"": memory[ghost] / memory[hooks]}, at_most(1)),
+    ]
+    return markdown_table("goal|measured", [[each.goal, each.text] for each in judged])
 
 
 def ratio(measured: Iterable[Measured], case: Case, to: Case) -> float:

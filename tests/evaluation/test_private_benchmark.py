@@ -42,6 +42,14 @@ def test_ratios_are_of_one_round() -> None:
     assert "| kernel norm | hooks | 34 | 1.50 | 100 |" in private_benchmark.table(rows)
 
 
+def test_goals_are_judged_by_the_measurements() -> None:
+    rows = {row.case: row for row in some_rows()}  # each slower than the one before it
+    text = private_benchmark.goals(list(rows.values()))
+    assert "GroupNorm's <= 1.20 | met: 0.50 |" in text
+    assert "of hooks >= 3 | not met: 1.14 |" in text
+    assert "ghost / hooks <= 1 | not met: 1.02 |" in text
+
+
 def test_the_command_measures_in_processes_that_take_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

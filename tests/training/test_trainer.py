@@ -417,6 +417,16 @@ def test_a_search_starts_at_the_best_rate_of_a_larger_batch(
     assert [row["norm"] for row in rows[-4:]] == ["batch"] * 4
 
 
+def test_muon_orthogonalizes_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    muon = pytest.importorskip("timm.optim.muon")
+    path = write_recipe(tmp_path / "recipe.yaml", optimizer={"opt": "nmuon", "lr": 0.01})
+    training.Trainer(Recipe.read(path), tmp_path, images.DataConfig(), training.RunConfig())
+    made = muon.zeropower_via_newtonschulz(torch.randn(4, 6), 5, [(3.4445, -4.775, 2.0315)])
+    assert made.dtype is torch.float32
+    values = torch.linalg.svdvals(made)
+    assert 0.5 < values.min() and values.max() < 1.5
+
+
 def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = {
         "knpreactresnet20_cifar.a": {"batch_size": 64},
