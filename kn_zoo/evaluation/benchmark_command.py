@@ -102,7 +102,7 @@ def main(
     ] = False,
     private: Annotated[
         bool,
-        typer.Option("--private", help="Private training steps on a CPU instead (ten to twenty minutes)."),
+        typer.Option("--private", help="Private training steps on a CPU instead (20 minutes)."),
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="CSV file to write; plots are written beside it.")
