@@ -371,7 +371,7 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
     return [
         "## Filters and activations of the small network",
         "BatchNorm normalizes each channel, kernel normalization all channels of a window "
-        f"together. `{recipe.architecture}` and its BatchNorm twin with other filters and "
+        f"together. `{recipe.architecture.removeprefix('kn')}` with other filters and "
         f"activations: {recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
         f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}`; one seed each, "
         "unless an SD follows. Test images are not used.",
