@@ -16,6 +16,8 @@ from .functional import (
     zero_mean_weight,
 )
 
+torch.fx.wrap("standardized_weight")  # its control flow depends on the type of the weight
+
 INFERENCE_STATISTICS = ("expected", "plain", "sampled")
 DROPOUTS = ("mask", "gaussian")
 SIDES = ("left, right", "left, right, top, bottom", "left, right, top, bottom, front, back")
