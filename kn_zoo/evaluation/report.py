@@ -4,6 +4,7 @@
 --render` writes tables and plots there.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -209,10 +210,11 @@ def render(root: Path) -> list[str]:
     from kn_zoo.evaluation.benchmark_figures import plot  # matplotlib is an extra
 
     files = sorted((root / "results").glob("benchmark_*.csv"))
-    lines = [f"{file.name}: {len(plot(read(file), file))} plots" for file in files]
+    figures = {file: sorted(plot(read(file), file)) for file in files}
+    lines = [f"{file.name}: {len(figures[file])} plots" for file in files]
     no_gpu = [] if any(read(file).cuda for file in files) else [NO_GPU]
     for document, whole in (("README.md", False), ("docs/performance.md", True)):
-        parts = [part for file in files for part in _parts(file, whole)] + no_gpu
+        parts = [p for file in files for p in _parts(file, figures[file], whole)] + no_gpu
         path = root / document
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         before, begin, rest = text.partition(BEGIN)
@@ -226,8 +228,7 @@ def render(root: Path) -> list[str]:
     return lines
 
 
-def _parts(path: Path, whole: bool) -> list[str]:
-    figures = sorted(path.parent.glob(f"{path.stem}*.png"))
+def _parts(path: Path, figures: Iterable[Path], whole: bool) -> list[str]:
     up = "../" if whole else ""
     images = "".join(f"![{figure.stem}]({up}results/{figure.name})\n" for figure in figures)
     return [table(path), *([images] if images else []), *([details(path)] if whole else [])]

@@ -385,6 +385,10 @@ def test_render_replaces_what_is_between_the_markers_alone(tmp_path: Path) -> No
     assert len(shown) == 2 and all(figure.exists() for figure in shown)
     report.render(tmp_path)
     assert page.read_text() == first
+    stored(some_results(), tmp_path / "results" / "benchmark_cpu_other.csv")
+    report.render(tmp_path)
+    images = re.findall(r"!\[\w+\]\((.*?)\)", page.read_text())
+    assert len(images) == len(set(images)) == 4, "each machine shows its own figures"
 
 
 def test_only_what_was_measured_is_plotted(tmp_path: Path) -> None:
