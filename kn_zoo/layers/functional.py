@@ -135,7 +135,7 @@ def split_dropout(dropout_p: float, statistics: str) -> tuple[float, float]:
 
 
 def standardized_weight(weight: Tensor, gain: Tensor) -> Tensor:
-    """Return every filter minus its mean, with the norm `gain` (O,): (O, C, *kernel_size)."""
+    """Return every filter minus its mean, scaled to the norm `gain` (O,): (O, C, *kernel_size)."""
     centered = zero_mean_weight(upcast(weight)).flatten(1)
     norm = centered.norm(2, dim=1).clamp_min(1e-6)  # a filter of zeros stays 0
     return (centered * (gain / norm)[:, None]).view_as(weight).to(weight.dtype)

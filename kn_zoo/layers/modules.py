@@ -180,8 +180,9 @@ class KNConv2d(_KNConv, nn.Conv2d):
       if there are 16 channels or more. Compilers fuse it. At inference it matters to "sampled".
     - `relu` returns the ReLU of the output. Training then keeps one tensor less than with `nn.ReLU`
       after the layer; as with that, do not write over the result before the backward pass.
-    - `weight_standardization` (Qiao et al., 2019, arXiv 1903.10520) takes every filter's mean off
-      and divides it by its norm, times a learned `gain`, which starts at the square root of 2.
+    - `weight_standardization` subtracts the mean of every filter (Qiao et al., 2019, arXiv
+      1903.10520) and scales the filter to a learned norm, `gain` (Brock et al., 2021, arXiv
+      2101.08692), which starts at the square root of 2.
 
     Input (N, C, H, W) or (C, H, W); output as `nn.Conv2d`'s, in the memory format of the input.
     Unsupported settings raise ValueError, an input that is not floating-point TypeError.
