@@ -23,7 +23,7 @@ import typer
 from kn_zoo.training import command as options
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import Recipe, UserError, variant_names
-from kn_zoo.training.report import train_seeds
+from kn_zoo.training.report import add_seeds, train_seeds
 from kn_zoo.training.search import run_grid, search_lr, search_lrs
 from kn_zoo.training.trainer import RunConfig
 
@@ -42,6 +42,13 @@ def main(
         list[int] | None,
         typer.Option(help="train once per seed, e.g. --seeds 0 1 2; the first one is stored"),
     ] = None,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add-seeds",
+            help="add the accuracy of these --seeds to the stored checkpoint, whose weights stay",
+        ),
+    ] = False,
     epochs: options.Epochs = None,
     updates: options.Updates = None,
     minutes: options.Minutes = float("inf"),
@@ -66,10 +73,16 @@ def main(
         chosen_seeds = seeds or [recipe.seed]
         if table and in_package:
             raise UserError("--table stores no weights: omit --in-package")
+        if add and (table or lr_search or in_package or not seeds):
+            raise UserError(
+                "--add-seeds needs --seeds, and no --table, --lr-search or --in-package"
+            )
         if table and lr_search:
             search_lrs(recipes, folder, data_config, run_config, table)
         elif table:
             run_grid(recipes, folder, data_config, run_config, chosen_seeds, table)
+        elif add:
+            add_seeds(recipe, folder, data_config, run_config, chosen_seeds)
         elif lr_search:
             search_lr(recipe, folder, data_config, run_config)
         else:

@@ -39,7 +39,7 @@ from kn_zoo.checkpoints import files, loading, manifest, networks
 from kn_zoo.checkpoints.card import card
 from kn_zoo.checkpoints.label_maps import LabelMaps
 from kn_zoo.checkpoints.loading import CONFIG
-from kn_zoo.checkpoints.manifest import WEIGHTS_FILE, Checkpoint, File
+from kn_zoo.checkpoints.manifest import WEIGHTS_FILE, Checkpoint, File, Run
 from kn_zoo.checkpoints.predictions import NEAR_TIE, Predictions
 
 CARD, RECIPE = "README.md", "recipe.yaml"
@@ -232,6 +232,24 @@ def write(
         other = "repository" if target == "package" else "package"
         shutil.rmtree(replace(checkpoint, bundle=other).folder, ignore_errors=True)
     return checkpoint
+
+
+def add_run(checkpoint: Checkpoint, run: Run) -> Checkpoint:
+    """Add the accuracy of another seed to a checkpoint's entry in the manifest and to its card.
+
+    Returns:
+        The entry as it is in the manifest.
+
+    Raises:
+        ValueError: the checkpoint has a run of this seed.
+        WriteError: the manifest cannot be written.
+    """
+    first = Run(checkpoint.seeds[0], checkpoint.reported.statistics)
+    runs = (*(checkpoint.runs or (first,)), run)
+    extended = replace(checkpoint, runs=runs, seeds=tuple(run.seed for run in runs))
+    manifest.write_entry(extended)
+    files.write_text(extended.folder / CARD, card(extended))
+    return extended
 
 
 def config(

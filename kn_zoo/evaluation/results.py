@@ -35,6 +35,7 @@ NORMS = {
     "local_context": "LocalContextNorm",
     "none": "no normalization",
 }
+ACTIVATIONS = {"mish": "Mish", "prelu": "PReLU"}
 STATISTICS = ("expected", "plain", "sampled")
 
 Row = Mapping[str, str]
@@ -384,7 +385,7 @@ def changes(variant: str) -> str:
     """What a variant of the gap's recipe changes in the network."""
     args = Recipe.read(ROOT / GAP_RECIPE, variant).model_args
     phrases = ["standardized filters"] if args.get("weight_standardization") else []
-    phrases += [f"{args['act_layer']} for ReLU"] if "act_layer" in args else []
+    phrases += [f"{ACTIVATIONS[args['act_layer']]} for ReLU"] if "act_layer" in args else []
     return ", ".join(phrases) or "none"
 
 

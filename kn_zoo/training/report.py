@@ -8,6 +8,8 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import yaml
+from accelerate import PartialState
 from torch import nn
 
 import kn_zoo
@@ -63,6 +65,37 @@ def train_seeds(
             trainer.log(f"top-1 of {len(runs)} seeds: {mean(top1):.2f}, SD {stdev(top1):.2f}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()
+
+
+def add_seeds(
+    recipe: Recipe,
+    folder: Path,
+    data_config: DataConfig,
+    run_config: RunConfig,
+    seeds: Sequence[int],
+) -> None:
+    """Train further seeds of a stored checkpoint and add their accuracy to its entry and card.
+
+    Each seed is added when its run is complete, so that seeds can be trained on different days.
+    Raises UserError if there is no such checkpoint, or if it was trained by another recipe.
+    """
+    stored = manifest.load().get(recipe.name)
+    if stored is None or not stored.bundle:
+        raise UserError(f"{recipe.name} has no bundle: train it first, with --in-package")
+    settings = yaml.safe_load((stored.folder / bundle.RECIPE).read_text(encoding="utf-8"))
+    if replace(recipe, seed=settings["seed"]) != Recipe(**settings):
+        raise UserError(
+            f"{stored.folder / bundle.RECIPE} differs from this recipe: seeds are comparable only "
+            "if nothing else changed"
+        )
+    for seed in seeds:
+        if seed in manifest.find(recipe.name).seeds:
+            continue
+        run = train_and_evaluate(
+            replace(recipe, seed=seed), folder / f"seed-{seed}", data_config, run_config
+        )
+        if PartialState().is_main_process:
+            bundle.add_run(manifest.find(recipe.name), run)
 
 
 def train_and_evaluate(

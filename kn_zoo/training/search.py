@@ -84,25 +84,38 @@ def search_lrs(
 ) -> None:
     """Search the learning rate of each recipe; the table has one row per rate.
 
-    A search starts at the best rate of the same network at a larger batch size, as a smaller batch
-    does not need a higher rate.
+    Recipes that the table contains are not searched again. It is written after each recipe, so that
+    it can grow over days and machines.
     """
-    rows: list[dict[str, Any]] = []
-    best: list[tuple[Recipe, float]] = []
     table.parent.mkdir(parents=True, exist_ok=True)
     for recipe in sorted(recipes, key=lambda recipe: -recipe.batch_size):
-        at_larger_batch = [lr for other, lr in best if is_larger_batch_of(other, recipe)]
-        first = min(at_larger_batch, default=FIRST_LR)
-        results = search_lr(recipe, folder / recipe.name, data_config, run_config, first)
-        best.append((recipe, best_of(results)["lr"]))
+        known = read_rates(table)
+        if any(row["recipe"] == recipe.name for row in known):
+            continue
+        run_dir = folder / recipe.name
+        found = search_lr(recipe, run_dir, data_config, run_config, first_lr(recipe, known))
         settings = {"recipe": recipe.name, "norm": recipe.norm, "batch_size": recipe.batch_size}
-        rows += [settings | row for row in results]
+        rows = [*read_rates(table), *(settings | row for row in found)]
         write_csv(table, rows, bundle.environment())
 
 
-def is_larger_batch_of(other: Recipe, recipe: Recipe) -> bool:
-    same = (other.architecture, other.norm) == (recipe.architecture, recipe.norm)
-    return same and other.batch_size > recipe.batch_size
+def first_lr(recipe: Recipe, known: Sequence[dict[str, Any]]) -> float:
+    """Return the best rate of the same network at a larger batch size, which bounds it at this one.
+
+    `known` are rows of a table of rates. Without such rows, returns `FIRST_LR`.
+    """
+    larger: dict[str, list[dict[str, Any]]] = {}
+    for row in known:
+        architecture = row["recipe"].partition(".")[0]
+        same = (architecture, row["norm"]) == (recipe.architecture, recipe.norm)
+        if same and int(row["batch_size"]) > recipe.batch_size:
+            larger.setdefault(row["recipe"], []).append(row)
+    return min((best_of(rows)["lr"] for rows in larger.values()), default=FIRST_LR)
+
+
+def read_rates(table: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table of rates, with rate and accuracy as numbers."""
+    return [row | {k: float(row[k]) for k in ("lr", "top1")} for row in read_rows(table)]
 
 
 def search_lr(
@@ -120,7 +133,7 @@ def search_lr(
     fraction = recipe.held_out or HELD_OUT
     table = folder / "lr_search.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row | {k: float(row[k]) for k in ("lr", "top1")} for row in read_rows(table)]
+    rows = read_rates(table)
     images = load_training(recipe, data_config)
     chance = 100 / len(set(targets_of(split_off(images, fraction)[1])))
     lr = rows[-1]["lr"] / 2 if rows else first

@@ -333,6 +333,32 @@ def test_seeds_have_separate_folders_and_one_bundle(
     assert predictions.top1 == pytest.approx(top1[0], abs=1e-3)
 
 
+def test_seeds_are_added_to_a_stored_checkpoint(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "weights_manifest.json"
+    path.write_text('{"checkpoints": []}')
+    monkeypatch.setattr(manifest, "PATH", path)
+    monkeypatch.setattr(manifest, "PRETRAINED", tmp_path / "pretrained")
+    command = [recipe, "--output", tmp_path / "run", "--updates", "2"]
+    assert run(*command, "--seeds", "1", "--add-seeds") == 2
+    assert "--in-package" in capfd.readouterr().err
+    assert run(*command, "--in-package") == 0
+    (stored,) = manifest.load().values()
+    assert run(*command, "--seeds", "1", "--add-seeds") == 0
+    assert run(*command, "--seeds", "1", "2", "--add-seeds") == 0
+    (extended,) = manifest.load().values()
+    assert extended.seeds == (*stored.seeds, 1, 2) and extended.file == stored.file
+    assert extended.runs[0].statistics == extended.reported.statistics
+    for result in extended.runs[1:]:
+        assert result == report.read_result(tmp_path / "run" / f"seed-{result.seed}")
+    assert "over 3 seeds" in (extended.folder / bundle.CARD).read_text()
+    before = path.read_text()
+    assert run(recipe, "--updates", "3", "--seeds", "4", "--add-seeds") == 2, "another recipe"
+    assert run(*command, "--add-seeds") == 2, "without seeds"
+    assert path.read_text() == before
+
+
 def test_the_learning_rate_is_searched_on_held_out_images_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -415,6 +441,12 @@ def test_a_search_starts_at_the_best_rate_of_a_larger_batch(
     assert rates["knpreactresnet20_cifar.a"] == [0.025, 0.0125, 0.00625]  # starts at the best of b
     assert rates["preactresnet20_cifar.c"] == [0.2, 0.1, 0.05, 0.025]  # another norm
     assert [row["norm"] for row in rows[-4:]] == ["batch"] * 4
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if "20_cifar.a" not in line))
+    other = tmp_path / "another machine"
+    assert run(path, "--lr-search", "--table", table, "--output", other) == 0
+    assert [folder.name for folder in other.iterdir()] == ["knpreactresnet20_cifar.a"]
+    assert sorted(table.read_text().splitlines()) == sorted(map(str.rstrip, lines))
 
 
 def test_muon_orthogonalizes_in_float32_on_a_cpu(tmp_path: Path) -> None:
