@@ -15,6 +15,7 @@ Exit status: 0 success; 2 invalid input or no disk space; 75 --minutes reached; 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from kn_zoo.training import command as options
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import Recipe, UserError, variant_names
 from kn_zoo.training.report import add_seeds, train_seeds
-from kn_zoo.training.search import run_grid, search_lr, search_lrs
+from kn_zoo.training.search import accuracy, run_grid, search_lr, search_lrs
 from kn_zoo.training.trainer import RunConfig
 
 app = options.create_app()
@@ -80,7 +81,8 @@ def main(
         if table and lr_search:
             search_lrs(recipes, folder, data_config, run_config, table)
         elif table:
-            run_grid(recipes, folder, data_config, run_config, chosen_seeds, table)
+            train_run = partial(accuracy, data_config=data_config, run_config=run_config)
+            run_grid(recipes, folder, chosen_seeds, table, train_run)
         elif add:
             add_seeds(recipe, folder, data_config, run_config, chosen_seeds)
         elif lr_search:

@@ -14,15 +14,17 @@ Exit status: 0 success; 2 invalid input or no disk space; 75 --minutes reached; 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kn_zoo.segmentation.training import SegmentationRecipe, run_grid, train
+from kn_zoo.segmentation.training import SegmentationRecipe, scores, train
 from kn_zoo.training import command as options
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import UserError, variant_names
+from kn_zoo.training.search import run_grid
 from kn_zoo.training.trainer import RunConfig
 
 app = options.create_app()
@@ -56,7 +58,8 @@ def main(
         folder = output or Path("runs") / (path.stem if table else recipes[0].name)
         data_config, run_config = DataConfig(data_dir), RunConfig(workers, save_minutes, minutes)
         if table:
-            run_grid(recipes, folder, data_config, run_config, seeds or [recipes[0].seed], table)
+            train_run = partial(scores, data_config=data_config, run_config=run_config)
+            run_grid(recipes, folder, seeds or [recipes[0].seed], table, train_run)
         else:
             train(recipes[0], path, folder, data_config, run_config, in_package)
 

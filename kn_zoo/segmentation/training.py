@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +27,7 @@ from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import Recipe, UserError, recipe_settings
 from kn_zoo.training.report import RESULT, is_kernel_normalized, preprocessing
 from kn_zoo.training.resume import prepare_run_dir
-from kn_zoo.training.trainer import LOG, RunConfig, Trainer, memory_format, write_csv
+from kn_zoo.training.trainer import LOG, RunConfig, Trainer, memory_format
 
 METRICS = ("miou", "pixel_accuracy", "class_accuracy")
 UNUSED: dict[str, Any] = {  # fields of a recipe that segmentation does not have, and their defaults
@@ -205,38 +205,18 @@ def train(
     trainer.accelerator.state.destroy_process_group()
 
 
-def run_grid(
-    recipes: Sequence[SegmentationRecipe],
-    folder: Path,
-    data_config: DataConfig,
-    run_config: RunConfig,
-    seeds: Sequence[int],
-    table: Path,
-) -> None:
-    """Train each recipe from each seed, and write a table with one row per run."""
-    rows: list[dict[str, Any]] = []
-    table.parent.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
-    for seed in seeds:
-        for seedless in recipes:
-            recipe = replace(seedless, seed=seed)
-            run_dir = folder / recipe.name / f"seed-{seed}"
-            prepare_run_dir(run_dir, recipe)
-            if not (run_dir / RESULT).exists():
-                trainer = SegmentationTrainer(recipe, run_dir, data_config, run_config)
-                trainer.train()
-                report(trainer)
-                trainer.accelerator.wait_for_everyone()
-            scores = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))["expected"]
-            run = {
-                "recipe": recipe.name,
-                "norm": recipe.norm,
-                "batch_size": recipe.batch_size,
-                "lr": recipe.optimizer["lr"],
-                "epochs": recipe.epochs,
-                "seed": seed,
-            }
-            rows.append(run | {name: scores[name] for name in METRICS})
-            write_csv(table, rows, bundle.environment())
+def scores(
+    recipe: SegmentationRecipe, run_dir: Path, data_config: DataConfig, run_config: RunConfig
+) -> dict[str, Any]:
+    """Return the scores of a run under "expected" statistics; train it unless it is complete."""
+    prepare_run_dir(run_dir, recipe)
+    if not (run_dir / RESULT).exists():
+        trainer = SegmentationTrainer(recipe, run_dir, data_config, run_config)
+        trainer.train()
+        report(trainer)
+        trainer.accelerator.wait_for_everyone()
+    reached = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))["expected"]
+    return {name: reached[name] for name in METRICS}
 
 
 def report(trainer: SegmentationTrainer) -> tuple[dict[str, dict[str, Any]], LabelMaps | None]:

@@ -2,10 +2,10 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 
@@ -20,21 +20,24 @@ FIRST_LR = 0.2  # first of the paper's search
 LAST_LR = FIRST_LR / 2**10
 WORSE_RATES = 2  # consecutive rates worse than the best one that end the search
 LEARNED = 2.0  # accuracy, in multiples of chance, below which a rate has not learned
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 HELD_OUT = 0.1  # fraction of the training images held out, unless the recipe sets it
 
 
 def run_grid(
-    recipes: Sequence[Recipe],
+    recipes: Sequence[AnyRecipe],
     folder: Path,
-    data_config: DataConfig,
-    run_config: RunConfig,
     seeds: Sequence[int],
     table: Path,
+    train: Callable[[AnyRecipe, Path], dict[str, Any]],
 ) -> None:
     """Train each recipe from each seed; the table has one row per run and no weights are stored.
 
     Runs that the table contains are not trained again. It is read and rewritten after each run, so
     that it can grow over days and machines; its comment describes the environment of the last run.
+
+    Args:
+        train: trains a recipe in a run folder, unless that run is complete; returns its scores.
     """
     table.parent.mkdir(parents=True, exist_ok=True)  # fail before hours of training
     for seed in seeds:
@@ -43,11 +46,17 @@ def run_grid(
             if contains(read_rows(table), settings):
                 continue
             run_dir = folder / recipe.name / f"seed-{seed}"
-            run = train_and_evaluate(replace(recipe, seed=seed), run_dir, data_config, run_config)
-            accuracy = run.statistics["expected"]
-            row = settings | {"top1": accuracy.top1, "top5": accuracy.top5}
+            row = settings | train(replace(recipe, seed=seed), run_dir)
             if PartialState().is_main_process:
                 write_csv(table, [*read_rows(table), row], bundle.environment())
+
+
+def accuracy(
+    recipe: Recipe, run_dir: Path, data_config: DataConfig, run_config: RunConfig
+) -> dict[str, Any]:
+    """Return the accuracy of a run under "expected" statistics, for `run_grid`."""
+    reached = train_and_evaluate(recipe, run_dir, data_config, run_config).statistics["expected"]
+    return {"top1": reached.top1, "top5": reached.top5}
 
 
 def grid_settings(recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from kn_zoo.segmentation.training import (
     SegmentationRecipe,
     SegmentationTrainer,
     preprocessing,
-    run_grid,
+    scores,
     train,
 )
 from kn_zoo.segmentation.transforms import eval_transform
 from kn_zoo.training.data import DataConfig
 from kn_zoo.training.recipe import UserError, variant_names
+from kn_zoo.training.search import run_grid
 from kn_zoo.training.trainer import Interrupted, RunConfig
 from tests.segmentation import miniatures
 
@@ -156,7 +158,8 @@ def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, data_config: DataCo
 
 def test_recipes_are_compared_in_a_table(tmp_path: Path, data_config: DataConfig) -> None:
     table = tmp_path / "table.csv"
-    run_grid([BASELINE], tmp_path / "runs", data_config, RunConfig(), [0, 1], table)
+    train_run = partial(scores, data_config=data_config, run_config=RunConfig())
+    run_grid([BASELINE], tmp_path / "runs", [0, 1], table, train_run)
     rows = [line for line in table.read_text().splitlines() if not line.startswith("#")]
     assert rows[0].startswith("recipe,norm,batch_size,lr,epochs,seed,miou") and len(rows) == 3
     assert rows[1].split(",")[1] == "group" and rows[1] != rows[2]
