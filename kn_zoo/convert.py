@@ -315,12 +315,12 @@ class _Plan:
         return any(_matches(str(node.target), pattern) for pattern in self.skip)
 
     def is_candidate(self, node: fx.Node) -> bool:
-        """Whether a node is a convolution that may be converted."""
+        """Return whether a node is a convolution that may be converted."""
         dense = self.is_convolution(node) and (self.grouped or self.module(node).groups == 1)
         return dense and not self.is_skipped(node)
 
     def passes(self, node: fx.Node) -> bool:
-        """Whether a node has one input and neither normalizes it nor mixes channels."""
+        """Return whether a node has one input and neither normalizes it nor mixes channels."""
         module = self.module(node)
         if module is None:
             return self.operation(node) in PASSING_FUNCTIONS
@@ -331,11 +331,11 @@ class _Plan:
         return self.passes(node) or self.operation(node) in MERGES
 
     def is_last(self, node: fx.Node) -> bool:
-        """Whether only activations and resizing follow."""
+        """Return whether only activations and resizing follow."""
         return {n.op for n in _nearest(node, _users, self.passes)} == {"output"}
 
     def is_head(self, node: fx.Node) -> bool:
-        """Whether a head may begin here: with global pooling, or a layer that is not converted."""
+        """Return whether a head may begin here: global pooling, or a layer not converted."""
         module = self.module(node)
         if self.action(node) == "convert":
             return False
@@ -344,7 +344,7 @@ class _Plan:
         return isinstance(module, HEAD_CLASSES) or _is_global_pool(module)
 
     def normalizes(self, node: fx.Node) -> bool:
-        """Whether the output of a node is normalized; a removed norm does nothing."""
+        """Return whether the output of a node is normalized; a removed norm does nothing."""
         return self.action(node) != "remove" and "norm" in self.operation(node).lower()
 
     # Plans.
@@ -456,7 +456,7 @@ class _Plan:
         return sum(n.target == node.target for n in self.graph.nodes) == 1
 
     def _stage_that_ends(self, node: fx.Node) -> str | None:
-        """The outermost nn.Sequential whose output a node is."""
+        """Return the outermost nn.Sequential whose output a node is."""
         for name in _enclosing(node):
             ends = not any(name in _enclosing(user) for user in node.users)
             if name and ends and isinstance(self.modules[name], nn.Sequential):
@@ -465,14 +465,14 @@ class _Plan:
 
 
 def _normalizer(norm: fx.Node, convolutions: list[fx.Node]) -> str:
-    """Which convolutions do a norm's work; names beside it without their parent's."""
+    """Name the convolutions that normalize in place of a norm, without the norm's parent."""
     parent = str(norm.target).rpartition(".")[0] + "."
     names = sorted({str(node.target).removeprefix(parent) for node in convolutions})
     return f"{' and '.join(names)} normalize{'s' if len(names) == 1 else ''}"
 
 
 def _enclosing(node: fx.Node) -> list[str]:
-    """Names of the modules that an operation is part of, from the outside in."""
+    """Return the modules that contain an operation, the outermost first."""
     return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
@@ -488,7 +488,7 @@ Step = Callable[[fx.Node], list[fx.Node]]
 
 
 def _nearest(start: fx.Node, step: Step, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The first nodes from `start` on, forward or backward, that `through` does not hold for."""
+    """Return the nearest nodes of `start`, forward or backward, for which `through` is false."""
     passed: dict[fx.Node, bool] = {}  # a node, and whether to go on from it
     waiting = step(start)
     while waiting:
@@ -520,7 +520,7 @@ def _is_global_pool(module: nn.Module) -> bool:
 
 
 def _check_replaceable(name: str, module: Any) -> None:
-    """Refuse a layer with more to it than its class tells."""
+    """Raise ValueError if a layer does more than its class, which a replacement would lose."""
     kind = type(module).__name__
     if is_parametrized(module):
         raise ValueError(f"{name!r} is parametrized: remove the parametrizations, or skip it")
@@ -528,7 +528,7 @@ def _check_replaceable(name: str, module: Any) -> None:
         raise ValueError(f"{name!r} has hooks, which would be lost: remove them, or skip it")
     if isinstance(module, NORMS):
         if type(module).forward.__module__.split(".")[0] not in ("torch", "timm", "torchvision"):
-            raise ValueError(f"{name!r}: what {kind} does beside normalizing is unknown: skip it")
+            raise ValueError(f"{name!r}: what {kind} does besides normalizing is unknown: skip it")
         return
     base = next((kind for kind in CONVOLUTIONS if isinstance(module, kind)), nn.Conv2d)
     if base not in KERNEL_NORMALIZED:
@@ -547,7 +547,7 @@ def _check_replaceable(name: str, module: Any) -> None:
 
 
 def _refuse_batch_statistics(model: nn.Module, plan: _Plan) -> None:
-    """Refuse what still normalizes over the batch; modules that are never called do not."""
+    """Raise ValueError if a layer that is called would still normalize over the batch."""
     called = [str(node.target) for node in plan.graph.nodes if node.op == "call_module"]
     for name, module in model.named_modules():
         batch = isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None
@@ -563,7 +563,7 @@ Row = tuple[str, str, str, str]
 
 
 def _rows(plan: _Plan, new: dict[nn.Module, nn.Module]) -> Iterator[Row]:
-    """For the table: each convolution and norm, what it was, what it is, and why."""
+    """Yield name, layer before, layer after and reason for each convolution and norm."""
     for name, module in plan.modules.items():
         action = plan.actions.get(name)
         if name in plan.normed_stages:

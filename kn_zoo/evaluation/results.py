@@ -100,7 +100,7 @@ def comparisons(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
 
 
 def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row]) -> str:
-    """Which norm is the most accurate at which batch size, over all comparisons."""
+    """Name the most accurate norm at each batch size, over all comparisons."""
     winners: dict[str, set[int]] = {}
     for group in compared:
         best = max(group, key=top1)
@@ -382,7 +382,7 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
 
 
 def changes(variant: str) -> str:
-    """What a variant of the gap's recipe changes in the network."""
+    """Describe what a variant of the recipe changes in the network."""
     args = Recipe.read(ROOT / GAP_RECIPE, variant).model_args
     phrases = ["standardized filters"] if args.get("weight_standardization") else []
     phrases += [f"{ACTIVATIONS[args['act_layer']]} for ReLU"] if "act_layer" in args else []

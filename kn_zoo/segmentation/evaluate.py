@@ -164,7 +164,7 @@ def near_ties(scores: Tensor, bound: float = NEAR_TIE) -> np.ndarray:
 
 
 def _explained(scores: Tensor, stored_map: np.ndarray, bound: float) -> bool:
-    """Whether each stored class exists and scores within `bound` of the best; false for NaN."""
+    """Return whether each stored class exists and scores within `bound` of the best (no NaN)."""
     if stored_map.max(initial=0) >= len(scores):
         return False
     stored_scores = scores.gather(0, torch.from_numpy(stored_map.astype(np.int64))[None])[0]

@@ -80,7 +80,7 @@ def read_rows(table: Path) -> list[dict[str, Any]]:
 
 
 def contains(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> bool:
-    """Whether a row has these settings."""
+    """Return whether a row has these settings."""
     return any(all(row.get(k) == str(v) for k, v in settings.items()) for row in rows)
 
 
@@ -174,7 +174,7 @@ def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def search_is_over(top1: Sequence[float], chance: float) -> bool:
-    """Whether the last `WORSE_RATES` rates are worse than the best one, which has learned."""
+    """Return whether the last `WORSE_RATES` rates are worse than one that learned."""
     if not top1 or max(top1) < LEARNED * chance:
         return False
     return len(top1) - 1 - max(range(len(top1)), key=top1.__getitem__) >= WORSE_RATES
