@@ -295,7 +295,7 @@ class Checkpoint:
 
     @property
     def available(self) -> bool:
-        """Return whether the weights can be loaded."""
+        """Whether the weights can be loaded."""
         return bool(self.sources)
 
     def mean_and_sd(self, statistics: str = "expected") -> tuple[float, float] | None:

@@ -85,8 +85,8 @@ def add_seeds(
     settings = yaml.safe_load((stored.folder / bundle.RECIPE).read_text(encoding="utf-8"))
     if replace(recipe, seed=settings["seed"]) != Recipe(**settings):
         raise UserError(
-            f"{stored.folder / bundle.RECIPE} differs from this recipe: seeds are comparable only "
-            "if nothing else changed"
+            f"{stored.folder / bundle.RECIPE} differs from this recipe, and seeds are comparable "
+            "only if nothing else changed: restore the recipe with git, omit --epochs and --updates"
         )
     for seed in seeds:
         if seed in manifest.find(recipe.name).seeds:

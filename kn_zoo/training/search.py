@@ -102,10 +102,12 @@ def search_lrs(
         if any(row["recipe"] == recipe.name for row in known):
             continue
         run_dir = folder / recipe.name
-        found = search_lr(recipe, run_dir, data_config, run_config, first_lr(recipe, known))
+        rates = search_lr(recipe, run_dir, data_config, run_config, first_lr(recipe, known))
         settings = {"recipe": recipe.name, "norm": recipe.norm, "batch_size": recipe.batch_size}
-        rows = [*read_rates(table), *(settings | row for row in found)]
-        write_csv(table, rows, bundle.environment())
+        if PartialState().is_main_process:
+            rows = [*read_rates(table), *(settings | row for row in rates)]
+            write_csv(table, rows, bundle.environment())
+        PartialState().wait_for_everyone()  # the next search starts at a rate of the table
 
 
 def first_lr(recipe: Recipe, known: Sequence[dict[str, Any]]) -> float:
