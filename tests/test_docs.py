@@ -92,7 +92,14 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
     assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
     answer = results.most_accurate([], rows)
     assert "kernel normalization at batch size 2; BatchNorm at batch size 256." in answer
-    assert len(result_figures.by_batch_size(rows, "top1", "").axes[0].lines) == 2 * (1 + 2)
+    assert "top-1 changes by +10.0 (kernel normalization) and -10.5 (BatchNorm) points." in text
+    assert "+20.0 (BatchNorm) at batch size 2; -0.5 (BatchNorm) at batch size 256." in text
+    kernel, batch = result_figures.by_batch_size(rows, "top1", "").axes[0].containers
+    assert list(kernel.lines[0].get_ydata()) == [30.5, 20.5]
+    (bars,) = batch.lines[2]
+    assert [float(y1 - y0) for (_, y0), (_, y1) in bars.get_segments()] == pytest.approx(
+        [2**0.5] * 2
+    )
 
 
 def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None:
@@ -105,7 +112,7 @@ def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None
     text = "\n".join(results.camvid_section(rows, machine))
     assert "| 2 | 42.0 | 30.2 |" in text and "| 8 | 40.0 | 45.0 |" in text
     assert "+2.0 (kernel normalization) and -14.8 (BatchNorm) points" in text
-    assert "at batch size 2 is kernel normalization, at batch size 8 BatchNorm." in text
+    assert "+11.8 (BatchNorm) at batch size 2; -5.0 (BatchNorm) at batch size 8." in text
     assert result_figures.by_batch_size(rows, "miou", "").axes[0].get_ylabel() == "mean IoU %"
 
 

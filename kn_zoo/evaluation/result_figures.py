@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,7 +21,6 @@ from kn_zoo.evaluation.results import (
     by_recipe,
     environment,
     in_order,
-    mean_of,
     read_table,
     top1,
     trained_here,
@@ -116,19 +116,19 @@ def private_curves(checkpoints: Sequence[Checkpoint]) -> Figure:
 
 
 def by_batch_size(rows: Sequence[Row], score: str, title: str) -> Figure:
-    """Draw the column `score`, "top1" or "miou", over batch sizes, one line a norm."""
+    """Draw mean and SD of the column `score`, "top1" or "miou", over batch sizes, a line a norm."""
     figure, axes = panels(1, title)
     sizes = sorted({int(row["batch_size"]) for row in rows})
     for norm in in_order(rows, "norm"):
-        means = [mean_of(rows, norm, size, score) for size in sizes]
-        axes.plot(sizes, means, color=COLORS[norm], label=NORMS[norm])
-        for size in sizes:
-            runs = values(rows, norm, size, score)
-            axes.plot([size] * len(runs), runs, "o", color=COLORS[norm], markersize=4)
+        runs = [values(rows, norm, size, score) for size in sizes]
+        errors = [stdev(scores) if len(scores) > 1 else 0.0 for scores in runs]
+        style = dict(color=COLORS[norm], fmt="o-", markersize=4, capsize=3)
+        axes.errorbar(sizes, [mean(scores) for scores in runs], errors, label=NORMS[norm], **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     label = {"top1": "top-1 %", "miou": "mean IoU %"}[score]
-    axes.set(xlabel="batch size; a dot is a run", ylabel=label, ylim=(0, None))
+    bars = "; bars: SD over seeds" if len(in_order(rows, "seed")) > 1 else ""
+    axes.set(xlabel=f"batch size{bars}", ylabel=label, ylim=(0, None))
     axes.legend(fontsize=8)
     return figure
 

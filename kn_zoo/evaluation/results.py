@@ -419,6 +419,7 @@ def small_batch_section(
         "(`results/small_batch_rates.csv`).",
         table("|".join(["batch", *names, f"rates: {' / '.join(names)}"]), cells),
         image("small_batch", "top-1 by batch size"),
+        effect_of_batch_size(rows, "top1", "top-1"),
         f"In equal epochs, batch size {sizes[0]} makes {sizes[-1] // sizes[0]} times as many "
         f"updates as batch size {sizes[-1]}. The table therefore compares norms within a row, in a "
         "short training; it does not compare networks trained to convergence, or at another scale.",
@@ -435,10 +436,6 @@ def camvid_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str
         [str(size), *(mean_and_sd(values(rows, norm, size, "miou")) for norm in norms)]
         for size in sizes
     ]
-    changes = [
-        f"{mean_of(rows, norm, sizes[0]) - mean_of(rows, norm, sizes[-1]):+.1f} ({NORMS[norm]})"
-        for norm in norms
-    ]
     seeds = in_order(rows, "seed")
     return [
         *parts,
@@ -449,16 +446,29 @@ def camvid_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str
         f"{sizes[-1] // sizes[0]} times as many updates as batch size {sizes[-1]}.",
         table("|".join(["batch", *(NORMS[norm] for norm in norms)]), cells),
         image("camvid_small_batch", "mean IoU by batch size"),
-        f"From batch size {sizes[-1]} to {sizes[0]}, mean IoU changes by {listed(changes)} points. "
-        f"The most accurate at batch size {sizes[0]} is {best_norm(rows, norms, sizes[0])}, at "
-        f"batch size {sizes[-1]} {best_norm(rows, norms, sizes[-1])}.",
+        effect_of_batch_size(rows, "miou", "mean IoU"),
         f"Measured on: {machine(recorded)}. Recipe: `{CAMVID_RECIPE}`.",
     ]
 
 
-def best_norm(rows: Sequence[Row], norms: Sequence[str], size: int) -> str:
-    """Name the norm whose mean IoU at a batch size is the highest."""
-    return NORMS[max(norms, key=lambda norm: mean_of(rows, norm, size))]
+def effect_of_batch_size(rows: Sequence[Row], score: str, name: str) -> str:
+    """Compare each norm's mean at the smallest and largest batch size, and norms within each."""
+    sizes = sorted({int(row["batch_size"]) for row in rows})
+    ends = {size: means_at(rows, size, score) for size in (sizes[0], sizes[-1])}
+    small, large = ends.values()
+    changes = [f"{small[norm] - large[norm]:+.1f} ({NORMS[norm]})" for norm in small]
+    gains = []
+    for size, means in ends.items():
+        others = [f"{means['kernel'] - means[n]:+.1f} ({NORMS[n]})" for n in means if n != "kernel"]
+        gains.append(f"{listed(others)} at batch size {size}")
+    return (
+        f"From batch size {sizes[-1]} to {sizes[0]}, {name} changes by {listed(changes)} points. "
+        f"Kernel normalization's {name} minus that of the others is {'; '.join(gains)}."
+    )
+
+
+def means_at(rows: Sequence[Row], size: int, score: str) -> dict[str, float]:
+    return {norm: mean_of(rows, norm, size, score) for norm in in_order(rows, "norm")}
 
 
 def values(rows: Iterable[Row], norm: str, size: int, column: str) -> list[float]:
@@ -467,7 +477,7 @@ def values(rows: Iterable[Row], norm: str, size: int, column: str) -> list[float
     return [float(row[column]) for row in rows if (row["norm"], row["batch_size"]) == wanted]
 
 
-def mean_of(rows: Iterable[Row], norm: str, size: int, score: str = "miou") -> float:
+def mean_of(rows: Iterable[Row], norm: str, size: int, score: str) -> float:
     return mean(values(rows, norm, size, score))
 
 
