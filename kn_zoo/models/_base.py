@@ -1,5 +1,6 @@
 """Parts shared by the networks: layer factory, stem, stage, and timm's model interface."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +11,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from kn_zoo.layers import KernelNorm2d, KNConv2d
+from kn_zoo.layers import KernelNorm2d, KNConv2d, MeanOnlyNorm2d
 
 ActLayer = str | type[nn.Module]
 Features = list[dict[str, Any]]
@@ -44,6 +45,9 @@ class Layers(Protocol):
     def conv(self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any) -> nn.Module:
         """Return a convolution; `geometry` is stride, padding and dilation."""
 
+    def stem(self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any) -> nn.Module:
+        """Return the first convolution."""
+
     def norm_act(self, channels: int) -> nn.Module:
         """Return what precedes a convolution: a norm of `channels` channels and an activation."""
 
@@ -57,7 +61,8 @@ class Layers(Protocol):
 class KNLayers:
     """Kernel-normalized layers of one network, all with the same settings.
 
-    A KNConv2d normalizes its own input, so `norm_act` is the activation alone.
+    A KNConv2d normalizes its own input, so `norm_act` is the activation alone, unless
+    `mean_only_norm` adds a MeanOnlyNorm2d. `stem_norm=False` makes the stem an nn.Conv2d.
     """
 
     act_layer: ActLayer
@@ -67,6 +72,8 @@ class KNLayers:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     weight_standardization: bool = False
+    mean_only_norm: bool = False
+    stem_norm: bool = True
 
     def conv(
         self, in_chs: int, out_chs: int, kernel_size: int, *, relu: bool = False, **geometry: Any
@@ -86,6 +93,12 @@ class KNLayers:
             dtype=self.dtype,
         )
 
+    def stem(self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any) -> nn.Module:
+        if self.stem_norm:
+            return self.conv(in_chs, out_chs, kernel_size, **geometry)
+        tensors: dict[str, Any] = dict(device=self.device, dtype=self.dtype)
+        return nn.Conv2d(in_chs, out_chs, kernel_size, **geometry, **tensors)
+
     def act(self) -> nn.Module:
         return activation(self.act_layer)()
 
@@ -98,15 +111,19 @@ class KNLayers:
         )
 
     def norm_act(self, channels: int) -> nn.Module:
-        return self.act()
+        act = self.act()
+        if not self.mean_only_norm:
+            return act
+        norm = MeanOnlyNorm2d(channels, device=self.device, dtype=self.dtype)
+        return nn.Sequential(OrderedDict(norm=norm, act=act))
 
     def conv_norm_act(
         self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any
     ) -> tuple[nn.Module, nn.Module]:
-        """Return a KNConv2d and the activation after it: Identity if that is a ReLU."""
-        relu = activation(self.act_layer) is nn.ReLU
+        """Return a KNConv2d and what follows it: Identity if that is a ReLU alone."""
+        relu = activation(self.act_layer) is nn.ReLU and not self.mean_only_norm
         conv = self.conv(in_chs, out_chs, kernel_size, relu=relu, **geometry)
-        return conv, nn.Identity() if relu else self.act()
+        return conv, nn.Identity() if relu else self.norm_act(out_chs)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -131,8 +148,8 @@ def resnet_stem(
     The stem is a 3x3 convolution if `small`, otherwise 7x7 with stride 2 before a max pool.
     """
     if small:
-        return layers.conv(in_chans, chs, 3, padding=1), None, []
-    stem = layers.conv(in_chans, chs, 7, stride=2, padding=3)
+        return layers.stem(in_chans, chs, 3, padding=1), None, []
+    stem = layers.stem(in_chans, chs, 7, stride=2, padding=3)
     pool = nn.MaxPool2d(3, stride=2, padding=1)
     return stem, pool, [dict(num_chs=chs, reduction=2, module="stem")]
 
@@ -255,7 +272,12 @@ class StagedNetwork(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its maps."""
+        """Recompute each block in the backward pass instead of keeping its maps.
+
+        Raises ValueError with `mean_only_norm`, whose running means have moved by then.
+        """
+        if enable and any(isinstance(module, MeanOnlyNorm2d) for module in self.modules()):
+            raise ValueError("activation checkpointing excludes mean_only_norm: use one of the two")
         for stage in self.stages.children():
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable

@@ -64,6 +64,9 @@ class BaselineLayers:
         conv = nn.Conv2d(in_chs, out_chs, kernel_size, **geometry, bias=self.norm == "none")
         return conv.to(device=self.device, dtype=self.dtype)
 
+    def stem(self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any) -> nn.Module:
+        return self.conv(in_chs, out_chs, kernel_size, **geometry)
+
     def norm_act(self, channels: int) -> nn.Module:
         """Return the norm of `channels` channels and the activation after it."""
         act = activation(self.act_layer)
@@ -158,6 +161,14 @@ class PreActBottleneck(nn.Module):
         return self.drop_path(y) + x
 
 
+KERNEL_ONLY = (
+    "dropout_p",
+    "inference_statistics",
+    "dropout",
+    "weight_standardization",
+    "mean_only_norm",
+    "stem_norm",
+)
 Block = type[PreActBasic] | type[PreActBottleneck]
 
 
@@ -174,9 +185,12 @@ class PreActResNet(StagedNetwork):
         output_stride: largest reduction of the stages' maps; further stages dilate instead of
             striding. The maps contain the values of the strided network.
         dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
-            uses min(5 * dropout_p, 0.5). Like `inference_statistics`, `dropout` and
-            `weight_standardization`, only for norm="kernel".
+            uses min(5 * dropout_p, 0.5). Like `inference_statistics`, `dropout` and the options
+            below, only for norm="kernel".
         weight_standardization: standardize the filters, see KNConv2d; not in the paper.
+        mean_only_norm: precede each activation by a MeanOnlyNorm2d; not in the paper.
+        stem_norm: normalize the images' windows, as in the paper. False makes the stem an ordinary
+            convolution, which keeps brightness and contrast; standardize the images then.
     """
 
     def __init__(
@@ -195,6 +209,8 @@ class PreActResNet(StagedNetwork):
         inference_statistics: str = "expected",
         dropout: str = "mask",
         weight_standardization: bool = False,
+        mean_only_norm: bool = False,
+        stem_norm: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -208,6 +224,8 @@ class PreActResNet(StagedNetwork):
             device,
             dtype,
             weight_standardization,
+            mean_only_norm,
+            stem_norm,
         )
         layers: Layers = kn_layers
         if norm in BASELINE_NORMS:
@@ -323,7 +341,7 @@ def _check_baseline(variant: str, kwargs: dict[str, Any]) -> None:
     """Reject norm="kernel" and the arguments that only kernel normalization uses."""
     if kwargs.get("norm") == "kernel":
         raise ValueError(f"norm='kernel': use kn{variant}")
-    for name in ("dropout_p", "inference_statistics", "dropout", "weight_standardization"):
+    for name in KERNEL_ONLY:
         if name in kwargs:
             raise TypeError(f"{variant} got an unexpected argument {name!r}: use kn{variant}")
 
