@@ -358,7 +358,7 @@ def curves_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
-    """Accuracy on held-out images with other filters and activations, the most accurate first."""
+    """Accuracy on held-out images of changed networks, the most accurate first."""
     if not rows:
         return []
     recipe = Recipe.read(ROOT / GAP_RECIPE, rows[0]["recipe"])
@@ -366,17 +366,23 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
     scores = {name: [float(row["top1"]) for row in group] for name, group in runs.items()}
     names = sorted(scores, key=lambda name: -mean(scores[name]))
     cells = [
-        [NORMS[runs[name][0]["norm"]], changes(name), mean_and_sd(scores[name])] for name in names
+        [
+            NORMS[runs[name][0]["norm"]],
+            changes(name),
+            mean_and_sd(scores[name]),
+            f"{mean(float(row['loss']) for row in runs[name]):.3f}",
+        ]
+        for name in names
     ]
     side = recipe.preprocessing["input_size"][-1]
     return [
-        "## Filters and activations of the small network",
+        "## Changes to the small network",
         "BatchNorm normalizes each channel, kernel normalization all channels of a window "
-        f"together. `{recipe.architecture.removeprefix('kn')}` with other filters and "
-        f"activations: {recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
-        f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}`; one seed each, "
-        "unless an SD follows. Test images are not used.",
-        table("norm|changes|top-1 %", cells),
+        f"together. `{recipe.architecture.removeprefix('kn')}` with changes: "
+        f"{recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
+        f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}` and mean training "
+        "loss of the last epoch; one seed each, unless an SD follows. Test images are not used.",
+        table("norm|changes|top-1 %|loss", cells),
         f"Measured on: {machine(recorded)}. Recipe: `{GAP_RECIPE}`.",
     ]
 
@@ -385,6 +391,8 @@ def changes(variant: str) -> str:
     """Describe what a variant of the recipe changes in the network."""
     args = Recipe.read(ROOT / GAP_RECIPE, variant).model_args
     phrases = ["standardized filters"] if args.get("weight_standardization") else []
+    phrases += ["mean-only normalization"] if args.get("mean_only_norm") else []
+    phrases += ["ordinary convolution as stem"] if not args.get("stem_norm", True) else []
     phrases += [f"{ACTIVATIONS[args['act_layer']]} for ReLU"] if "act_layer" in args else []
     return ", ".join(phrases) or "none"
 

@@ -14,7 +14,7 @@ from kn_zoo.training.data import DataConfig, load_training, split_off, targets_o
 from kn_zoo.training.recipe import Recipe
 from kn_zoo.training.report import train_and_evaluate
 from kn_zoo.training.resume import prepare_run_dir
-from kn_zoo.training.trainer import Diverged, RunConfig, Trainer, console, write_csv
+from kn_zoo.training.trainer import LOG, Diverged, RunConfig, Trainer, console, write_csv
 
 FIRST_LR = 0.2  # first of the paper's search
 LAST_LR = FIRST_LR / 2**10
@@ -54,9 +54,13 @@ def run_grid(
 def accuracy(
     recipe: Recipe, run_dir: Path, data_config: DataConfig, run_config: RunConfig
 ) -> dict[str, Any]:
-    """Return the accuracy of a run under "expected" statistics, for `run_grid`."""
+    """Return the accuracy of a run under "expected" statistics, for `run_grid`.
+
+    Also returns the mean training loss of its last epoch.
+    """
     reached = train_and_evaluate(recipe, run_dir, data_config, run_config).statistics["expected"]
-    return {"top1": reached.top1, "top5": reached.top5}
+    loss = float(read_rows(run_dir / LOG)[-1]["loss"])
+    return {"top1": reached.top1, "top5": reached.top5, "loss": loss}
 
 
 def grid_settings(recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -479,6 +479,7 @@ def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for row in rows:
         result = report.read_result(tmp_path / row["recipe"] / f"seed-{row['seed']}")
         assert float(row["top1"]) == result.statistics["expected"].top1
+        assert 1.0 < float(row["loss"]) < 10.0
     monkeypatch.setattr(training.Trainer, "train", None)  # completed runs are not trained again
     before = table.read_text()
     assert run(*command) == 0 and table.read_text() == before
