@@ -36,7 +36,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from timm.layers import GroupNormAct
 from torch import Tensor, nn
 
-from kn_zoo.layers import KNConv2d, MeanOnlyNorm2d
+from kn_zoo.layers import KNConv2d
 from kn_zoo.layers.functional import standardized_weight
 from kn_zoo.layers.reference import ReferenceKNConv2d
 
@@ -106,16 +106,6 @@ def _make_private(layer: KNConv2d) -> list[UnsupportedModuleError]:
     layer.__class__ = PrivateKNConv2d
     cast(PrivateKNConv2d, layer).kept = []
     return []
-
-
-@register_module_validator(MeanOnlyNorm2d)
-def _reject_running_means(layer: MeanOnlyNorm2d) -> list[UnsupportedModuleError]:
-    return [
-        UnsupportedModuleError(
-            "MeanOnlyNorm2d keeps means of the training images, without noise: use "
-            "mean_only_norm=False"
-        )
-    ]
 
 
 @register_grad_sampler(PrivateKNConv2d)

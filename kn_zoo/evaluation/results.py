@@ -391,7 +391,6 @@ def changes(variant: str) -> str:
     """Describe what a variant of the recipe changes in the network."""
     args = Recipe.read(ROOT / GAP_RECIPE, variant).model_args
     phrases = ["standardized filters"] if args.get("weight_standardization") else []
-    phrases += ["mean-only normalization"] if args.get("mean_only_norm") else []
     phrases += ["ordinary convolution as stem"] if not args.get("stem_norm", True) else []
     phrases += [f"{ACTIVATIONS[args['act_layer']]} for ReLU"] if "act_layer" in args else []
     return ", ".join(phrases) or "none"

@@ -2,7 +2,6 @@
 
 from .freeze import freeze
 from .local_context_norm import LocalContextNorm
-from .mean_only_norm import MeanOnlyNorm2d
 from .modules import (
     FrozenKNConv2d,
     KernelNorm1d,
@@ -23,7 +22,6 @@ __all__ = [
     "KernelNorm2d",
     "KernelNorm3d",
     "LocalContextNorm",
-    "MeanOnlyNorm2d",
     "freeze",
     "set_inference_statistics",
 ]

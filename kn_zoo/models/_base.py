@@ -1,6 +1,5 @@
 """Parts shared by the networks: layer factory, stem, stage, and timm's model interface."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from kn_zoo.layers import KernelNorm2d, KNConv2d, MeanOnlyNorm2d
+from kn_zoo.layers import KernelNorm2d, KNConv2d
 
 ActLayer = str | type[nn.Module]
 Features = list[dict[str, Any]]
@@ -61,8 +60,8 @@ class Layers(Protocol):
 class KNLayers:
     """Kernel-normalized layers of one network, all with the same settings.
 
-    A KNConv2d normalizes its own input, so `norm_act` is the activation alone, unless
-    `mean_only_norm` adds a MeanOnlyNorm2d. `stem_norm=False` makes the stem an nn.Conv2d.
+    A KNConv2d normalizes its own input, so `norm_act` is the activation alone. `stem_norm=False`
+    makes the stem an nn.Conv2d.
     """
 
     act_layer: ActLayer
@@ -72,7 +71,6 @@ class KNLayers:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     weight_standardization: bool = False
-    mean_only_norm: bool = False
     stem_norm: bool = True
 
     def conv(
@@ -111,19 +109,15 @@ class KNLayers:
         )
 
     def norm_act(self, channels: int) -> nn.Module:
-        act = self.act()
-        if not self.mean_only_norm:
-            return act
-        norm = MeanOnlyNorm2d(channels, device=self.device, dtype=self.dtype)
-        return nn.Sequential(OrderedDict(norm=norm, act=act))
+        return self.act()
 
     def conv_norm_act(
         self, in_chs: int, out_chs: int, kernel_size: int, **geometry: Any
     ) -> tuple[nn.Module, nn.Module]:
-        """Return a KNConv2d and what follows it: Identity if that is a ReLU alone."""
-        relu = activation(self.act_layer) is nn.ReLU and not self.mean_only_norm
+        """Return a KNConv2d and the activation after it: Identity if that is a ReLU."""
+        relu = activation(self.act_layer) is nn.ReLU
         conv = self.conv(in_chs, out_chs, kernel_size, relu=relu, **geometry)
-        return conv, nn.Identity() if relu else self.norm_act(out_chs)
+        return conv, nn.Identity() if relu else self.act()
 
 
 def init_weights(module: nn.Module) -> None:
@@ -272,12 +266,7 @@ class StagedNetwork(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its maps.
-
-        Raises ValueError with `mean_only_norm`, whose running means have moved by then.
-        """
-        if enable and any(isinstance(module, MeanOnlyNorm2d) for module in self.modules()):
-            raise ValueError("activation checkpointing excludes mean_only_norm: use one of the two")
+        """Recompute each block in the backward pass instead of keeping its maps."""
         for stage in self.stages.children():
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable

@@ -166,7 +166,6 @@ KERNEL_ONLY = (
     "inference_statistics",
     "dropout",
     "weight_standardization",
-    "mean_only_norm",
     "stem_norm",
 )
 Block = type[PreActBasic] | type[PreActBottleneck]
@@ -188,7 +187,6 @@ class PreActResNet(StagedNetwork):
             uses min(5 * dropout_p, 0.5). Like `inference_statistics`, `dropout` and the options
             below, only for norm="kernel".
         weight_standardization: standardize the filters, see KNConv2d; not in the paper.
-        mean_only_norm: precede each activation by a MeanOnlyNorm2d; not in the paper.
         stem_norm: normalize the images' windows, as in the paper. False makes the stem an ordinary
             convolution, which keeps brightness and contrast; standardize the images then.
     """
@@ -209,7 +207,6 @@ class PreActResNet(StagedNetwork):
         inference_statistics: str = "expected",
         dropout: str = "mask",
         weight_standardization: bool = False,
-        mean_only_norm: bool = False,
         stem_norm: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -224,7 +221,6 @@ class PreActResNet(StagedNetwork):
             device,
             dtype,
             weight_standardization,
-            mean_only_norm,
             stem_norm,
         )
         layers: Layers = kn_layers

@@ -38,7 +38,7 @@ class KNBasic(nn.Module):
 
     def __init__(self, layers: KNLayers, chs: int, inner: int, dilation: int, drop: float) -> None:
         super().__init__()
-        self.act1 = layers.norm_act(chs)
+        self.act1 = layers.act()
         self.conv1, self.act2 = layers.conv_norm_act(
             chs, inner, 2, padding=dilation, dilation=dilation
         )
@@ -68,7 +68,7 @@ class KNBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         d = dilation
-        self.act1 = layers.norm_act(chs)
+        self.act1 = layers.act()
         self.conv1, self.act2 = layers.conv_norm_act(
             chs, inner, kernel_size, padding=d * (kernel_size - 1), dilation=d
         )
@@ -141,7 +141,7 @@ class KNResNet(StagedNetwork):
             padded by (1, 0, 1, 0) instead of (2, 1, 2, 1).
         dropout_p: dropout probability of the layers' statistics, in [0, 1); the last KernelNorm
             uses min(5 * dropout_p, 0.25).
-        weight_standardization, mean_only_norm, stem_norm: as in `PreActResNet`.
+        weight_standardization, stem_norm: as in `PreActResNet`.
     """
 
     def __init__(
@@ -161,7 +161,6 @@ class KNResNet(StagedNetwork):
         inference_statistics: str = "expected",
         dropout: str = "mask",
         weight_standardization: bool = False,
-        mean_only_norm: bool = False,
         stem_norm: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -176,7 +175,6 @@ class KNResNet(StagedNetwork):
             device,
             dtype,
             weight_standardization,
-            mean_only_norm,
             stem_norm,
         )
         chs = channels[0]
@@ -212,7 +210,7 @@ class KNResNet(StagedNetwork):
             stages=stages,
             feature_info=feature_info,
             neck=neck,
-            norm=nn.Sequential(layers.norm(5, 0.25), layers.norm_act(chs)),
+            norm=nn.Sequential(layers.norm(5, 0.25), layers.act()),
             head=classifier_head(
                 chs, num_classes, global_pool, drop_rate, dict(device=device, dtype=dtype)
             ),
@@ -236,7 +234,7 @@ def _downsample(
     padding = tuple(d * p for p in transition.padding)
     return nn.Sequential(
         OrderedDict(
-            act=layers.norm_act(in_chs),
+            act=layers.act(),
             conv=layers.conv(in_chs, out_chs, transition.kernel_size, padding=padding, dilation=d),
             pool=max_pool(geometry.stride, d, ceil_mode),
         )
@@ -248,7 +246,7 @@ def _neck(layers: KNLayers, in_chs: int, padding: int, dilation: int) -> nn.Sequ
     return nn.Sequential(
         OrderedDict(
             pool=max_pool(2 if d == 1 else 1, dilation),
-            act=layers.norm_act(in_chs),
+            act=layers.act(),
             conv=layers.conv(in_chs, NECK_CHANNELS, 2, padding=d * padding, dilation=d),
         )
     )

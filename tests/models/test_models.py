@@ -21,7 +21,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import kn_zoo
-from kn_zoo.layers import KernelNorm2d, KNConv2d, LocalContextNorm, MeanOnlyNorm2d
+from kn_zoo.layers import KernelNorm2d, KNConv2d, LocalContextNorm
 
 OURS = sorted(
     name
@@ -335,7 +335,7 @@ def test_wrong_names_are_refused_with_the_right_ones() -> None:
         create("knpreactresnet18_cifar", norm="batch")
     with pytest.raises(TypeError, match="dropout_p"):
         create("preactresnet18_cifar", dropout_p=0.1)
-    for name in ("weight_standardization", "mean_only_norm", "stem_norm"):
+    for name in ("weight_standardization", "stem_norm"):
         with pytest.raises(TypeError, match=name):
             create("preactresnet18_cifar", **{name: True})
     with pytest.raises(ValueError, match="relu"):
@@ -372,29 +372,6 @@ def test_weight_standardization_reaches_every_layer(architecture: str) -> None:
     torch.testing.assert_close(kn_zoo.freeze(model)(x), model(x), rtol=1e-3, atol=1e-4)
     plain = create(architecture)
     assert not any("gain" in name for name in plain.state_dict())
-
-
-@pytest.mark.parametrize("architecture", ["knresnet18_cifar", "knpreactresnet20_cifar"])
-def test_mean_only_norm_precedes_every_activation(architecture: str) -> None:
-    model = create(architecture, mean_only_norm=True, dropout_p=0.0)
-    activations = [m for m in model.modules() if isinstance(m, nn.ReLU)]
-    norms = [m for m in model.modules() if isinstance(m, MeanOnlyNorm2d)]
-    plain = create(architecture)
-    convolutions = [m for m in plain.modules() if isinstance(m, KNConv2d)]
-    fused = sum(m.relu for m in convolutions)
-    unfused = sum(isinstance(m, nn.ReLU) for m in plain.modules())
-    assert len(norms) == len(activations) == fused + unfused
-    x = torch.randn(4, 3, 32, 32)
-    together, alone = model(x), model(x[:1])
-    assert all(norm.running_mean.abs().sum() > 0 for norm in norms), "training moves every mean"
-    assert not torch.equal(together[:1], alone), "which the second pass has seen"
-    for norm in norms:
-        norm.running_mean.zero_()
-    torch.testing.assert_close(model(x[:1]), together[:1], rtol=1e-3, atol=1e-4)
-    model.eval()
-    torch.testing.assert_close(kn_zoo.freeze(model)(x), model(x), rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="mean_only_norm"):
-        model.set_grad_checkpointing()
 
 
 @pytest.mark.parametrize("architecture", ["knresnet18", "knpreactresnet20_cifar"])
