@@ -420,10 +420,14 @@ def interleave(shards: list[Predictions]) -> Predictions:
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], comment: str = "", float_format: str = ""
 ) -> None:
-    """Write a table; the lines of `comment` precede it, each after "# "."""
+    """Write a table; the lines of `comment` precede it, each after "# ".
+
+    Columns are those of all rows. A cell is empty where a row lacks its column.
+    """
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in comment.splitlines())
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     for row in rows:
         table.writerow(

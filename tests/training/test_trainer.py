@@ -488,6 +488,11 @@ def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run(*command, "--epochs", "9") == 2, "another recipe is another run"
 
 
+def test_a_table_may_gain_a_column(tmp_path: Path) -> None:
+    training.write_csv(tmp_path / "table.csv", [{"seed": "0"}, {"seed": "1", "loss": 0.5}])
+    assert (tmp_path / "table.csv").read_text() == "seed,loss\n0,\n1,0.5\n"
+
+
 def test_a_grid_stores_no_weights(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
