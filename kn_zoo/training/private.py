@@ -388,6 +388,7 @@ def check_recipe(recipe: Recipe) -> PrivacyConfig:
         "repeated_augmentation": (recipe.repeated_augmentation > 1, "copies are not accounted for"),
         "mixed_precision": (recipe.mixed_precision != "no", "per-sample gradients are float32"),
         "compile": (recipe.compile, "per-sample gradients come from eager hooks"),
+        "winograd": (recipe.winograd, "per-sample gradients come from eager hooks"),
         "accumulation": (recipe.accumulation > 1, "set privacy.physical_batch_size instead"),
         "updates": (recipe.updates, "the noise is computed for the whole run"),
         "scheduler.step_on_epochs": (recipe.scheduler.get("step_on_epochs"), "it steps per update"),

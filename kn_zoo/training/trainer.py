@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from kn_zoo.training.data import DataConfig
 from kn_zoo.training.muon import orthogonalize_in_float32
 from kn_zoo.training.recipe import Recipe, UserError, recipe_settings
 from kn_zoo.training.resume import restore_state, save_state
+from kn_zoo.training.winograd import WinogradConvolutions
 
 LOG = "train_log.csv"
 SYNC_UPDATES = 10  # updates between reads of the loss, each of which waits for the device
@@ -194,6 +195,9 @@ class Trainer:
         self.forward = self.model
         if recipe.compile:
             self.forward = torch.compile(self.model, dynamic=dynamic)
+        self.convolutions: AbstractContextManager = nullcontext()
+        if recipe.winograd and self.accelerator.device.type == "cpu":
+            self.convolutions = WinogradConvolutions()
         self.by_epoch = recipe.scheduler.get("step_on_epochs", False)
         with recipe_settings("scheduler"):
             self.scheduler, _ = create_scheduler_v2(
@@ -279,7 +283,7 @@ class Trainer:
         for i, (x, y) in enumerate(zip(pixels.chunk(steps), targets.chunk(steps), strict=True)):
             last = i + 1 == steps
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.convolutions:
                     logits = self.forward(x)
                 loss = self.criterion(logits.float(), y) / steps
                 self.accelerator.backward(loss)

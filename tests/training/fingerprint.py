@@ -57,6 +57,7 @@ def first_losses(recipe: Recipe) -> Rows:
         updates=UPDATES,
         accumulation=1,
         compile=False,
+        winograd=False,
         mixed_precision="no",
     )
     config = DataConfig()
