@@ -72,7 +72,7 @@ class Recipe:
     mixed_precision: str = "no"  # "no" or "bf16" in training; evaluation runs in float32
     channels_last: bool = True  # memory format of network and images
     compile: bool = False  # torch.compile the training step; evaluation is eager
-    winograd: bool = False  # on a CPU, Winograd's algorithm for 3x3 convolutions in training
+    winograd: bool = False  # on a CPU, Winograd's algorithm for convolutions in training
     on_device: bool = False  # keep the training images on the device and augment them there
     ema_decay: float | None = None  # evaluate and store a moving average of the weights
     ema_warmup: bool = False  # increase the decay up to ema_decay, for short runs

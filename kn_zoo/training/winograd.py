@@ -1,14 +1,19 @@
-"""Winograd's algorithm for 3x3 convolutions in float32 on a CPU, which PyTorch lacks there.
+"""Winograd's algorithm for convolutions in float32 on a CPU, which PyTorch lacks there.
 
-y = A^t [(G w G^t) * (B^t x B)] A gives 4 x 4 pixels of the output from 6 x 6 of the input and 36
-multiplications a pair of channels, instead of 144 (Lavin and Gray, 2016, arXiv 1509.09308). Sums
-over the input channels are 36 matrix products. The gradients have the same form. Rounding errors
-are a few times those of a direct convolution.
+For filters of r x r, k x k pixels of the input give m x m of the output, m = k - r + 1, with k^2
+multiplications a pair of channels instead of (m r)^2:
+
+    y = A^t [(G w G^t) * (B^t x B)] A
+
+(Lavin and Gray, 2016, arXiv 1509.09308). Sums over the input channels are k^2 matrix products. The
+gradients have the same form. With k = 6, a convolution takes 36 multiplications instead of 144 for
+r = 3 and of 100 for r = 2. Rounding errors are a few times those of a direct convolution.
 """
 
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +25,17 @@ from torch.utils import cpp_extension
 from kn_zoo.training.recipe import UserError
 
 MIN_CHANNELS = 64  # with fewer, the transforms take longer than the products save
-FILTERS = {  # G for tiles of m x m output pixels
-    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-    4: [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-}
+# Rows of G for k, without that of infinity: FACTORS[k][i] * POINTS[k][i] ** [0, ..., r - 1].
+POINTS = {4: [0, 1, -1], 6: [0, 1, -1, 2, -2]}
+FACTORS = {4: [1, 1 / 2, 1 / 2], 6: [1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24]}
 
 
 class WinogradConvolutions(TorchFunctionMode):
-    """Compute 3x3 convolutions of many channels by Winograd's algorithm in this context.
+    """Compute convolutions of many channels by Winograd's algorithm in this context.
 
-    Those are convolutions on a CPU in float32 with stride 1, padding 1, one group, and 64 channels
-    or more on both sides, in multiples of 8; all others remain as they are. Gradients included.
+    Those are convolutions on a CPU in float32 with filters of 2x2 or 3x3, stride 1, one group, zero
+    padding less than the filter's size, and at least 64 channels on both sides. All others remain
+    as they are. Gradients are computed in the same way. Raises UserError without a C++ compiler.
     """
 
     def __init__(self) -> None:
@@ -47,34 +45,33 @@ class WinogradConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d and not kwargs and is_eligible(*args):
-            y = winograd_conv2d(args[0], args[1])
-            bias = args[2] if len(args) > 2 else None
-            return y if bias is None else y + bias.view(-1, 1, 1)
-        return func(*args, **kwargs)
+        return (conv2d if func is torch.conv2d else func)(*args, **kwargs or {})
 
 
-def is_eligible(
-    x: Tensor,
+def conv2d(
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> bool:
-    """Return whether a convolution with these arguments of torch.conv2d gains."""
+) -> Tensor:
+    """Compute torch.conv2d, by Winograd's algorithm where that gains."""
     out_channels, in_channels, *size = weight.shape
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.dim() == 4
-        and size == [3, 3]
-        and (pair(stride), pair(padding), pair(dilation), groups) == ((1, 1), (1, 1), (1, 1), 1)
+    gains = (
+        input.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and input.dim() == 4
+        and size in ([2, 2], [3, 3])
+        and (pair(stride), pair(dilation), groups) == ((1, 1), (1, 1), 1)
+        and pair(padding) in [(p, p) for p in range(size[0])]
         and min(in_channels, out_channels) >= MIN_CHANNELS
-        and in_channels % 8 == out_channels % 8 == 0
     )
+    if not gains:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    y = winograd_conv2d(input, weight, pair(padding)[0])
+    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 def pair(value: Any) -> Any:
@@ -102,23 +99,32 @@ def load_transforms() -> Any:
     return torch.ops.kn_zoo_winograd
 
 
-def tile_side(x: Tensor) -> int:
-    return 2 if max(x.shape[1:3]) <= 2 else 4
+def tile_size(height: int, width: int, r: int) -> int:
+    """Return k with the fewest multiplications for an output of this size."""
 
+    def multiplications(k: int) -> int:
+        m = k - r + 1
+        return ceil(height / m) * ceil(width / m) * k * k
 
-def transform_filters(weight: Tensor, m: int, rotate: bool = False) -> Tensor:
-    """G w G^t of filters or of filters rotated by 180 degrees: (O, C, 3, 3) -> (k * k, O, C)."""
-    matrix = filter_matrix(m, rotate)
-    filters = weight.permute(2, 3, 0, 1).reshape(9, -1)
-    return (matrix @ filters).view(-1, weight.shape[0], weight.shape[1])
+    return min(POINTS, key=multiplications)
 
 
 @lru_cache
-def filter_matrix(m: int, rotate: bool = False) -> Tensor:
-    """The transform of filters as a matrix (k * k, 9)."""
-    g = torch.tensor(FILTERS[m], dtype=torch.float64)
+def filter_matrix(k: int, r: int, rotate: bool = False) -> Tensor:
+    """Transform of filters, or of filters rotated by 180 degrees, as a matrix (k * k, r * r)."""
+    points = torch.tensor(POINTS[k], dtype=torch.float64)
+    g = torch.zeros(k, r, dtype=torch.float64)
+    g[:-1] = points[:, None] ** torch.arange(r) * torch.tensor(FACTORS[k])[:, None]
+    g[-1, -1] = 1.0
     matrix = torch.kron(g, g)
     return (matrix.flip(1) if rotate else matrix).float().contiguous()
+
+
+def transform_filters(weight: Tensor, k: int, rotate: bool = False) -> Tensor:
+    """G w G^t: (O, C, r, r) -> (k * k, O, C)."""
+    filters = weight.permute(2, 3, 0, 1).flatten(0, 1).flatten(1)  # (r * r, O * C)
+    matrix = filter_matrix(k, weight.shape[2], rotate)
+    return (matrix @ filters).view(-1, weight.shape[0], weight.shape[1])
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -127,56 +133,65 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "kn_zoo::winograd_conv2d", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor"
+    "kn_zoo::winograd_conv2d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, int padding) -> Tensor",
 )
-def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution with padding 1: (N, C, H, W), (O, C, 3, 3) -> (N, O, H, W)."""
-    transforms, x = load_transforms(), channels_last(x)
-    m = tile_side(x)
-    filters = transform_filters(weight, m)
-    products = torch.bmm(transforms.input_tiles(x, m), filters.transpose(1, 2))
-    return transforms.image(products, *x.shape[:3], m).permute(0, 3, 1, 2)
+def winograd_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Convolution with stride 1: (N, C, H, W), (O, C, r, r) -> (N, O, H', W')."""
+    transforms, x, r = load_transforms(), channels_last(x), weight.shape[2]
+    n, h, w = x.shape[0], *(size + 2 * padding - r + 1 for size in x.shape[1:3])
+    k = tile_size(h, w, r)
+    filters = transform_filters(weight, k).transpose(1, 2)
+    products = torch.bmm(transforms.input_tiles(x, k, r, padding), filters)
+    return transforms.output(products, n, h, w, k, r).permute(0, 3, 1, 2)
 
 
 @winograd_conv2d.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    n, _, h, w = x.shape
-    return x.new_empty((n, h, w, weight.shape[0])).permute(0, 3, 1, 2)
+def _(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    h, w = (size + 2 * padding - weight.shape[2] + 1 for size in x.shape[2:])
+    return x.new_empty((x.shape[0], h, w, weight.shape[0])).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op(
     "kn_zoo::winograd_conv2d_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor weight, int padding) -> (Tensor, Tensor)",
 )
-def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def winograd_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
     """The gradients for x and for the filters."""
-    transforms, grad, x = load_transforms(), channels_last(grad), channels_last(x)
-    m = tile_side(x)
-    # With respect to x: a convolution of grad with the rotated filters.
-    filters = transform_filters(weight, m, rotate=True)
-    products = torch.bmm(transforms.input_tiles(grad, m), filters)
-    grad_x = transforms.image(products, *x.shape[:3], m).permute(0, 3, 1, 2)
-    # With respect to the filters: G^t [sum over tiles of (A grad A^t) * (B^t x B)] G.
-    tiles = transforms.gradient_tiles(grad, m)
-    products = torch.bmm(tiles.transpose(1, 2), transforms.input_tiles(x, m))
-    grad_filters = filter_matrix(m).t() @ products.flatten(1)
-    return grad_x, grad_filters.view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
+    transforms, r = load_transforms(), weight.shape[2]
+    grad, x = channels_last(grad), channels_last(x)
+    n, h, w = x.shape[:3]
+    # For x: a convolution of grad with the rotated filters.
+    k = tile_size(h, w, r)
+    filters = transform_filters(weight, k, rotate=True)
+    products = torch.bmm(transforms.input_tiles(grad, k, r, r - 1 - padding), filters)
+    grad_x = transforms.output(products, n, h, w, k, r).permute(0, 3, 1, 2)
+    # For the filters: G^t [sum over tiles of (A grad A^t) * (B^t x B)] G.
+    k = tile_size(grad.shape[1], grad.shape[2], r)
+    tiles = transforms.gradient_tiles(grad, k, r).transpose(1, 2)
+    products = torch.bmm(tiles, transforms.input_tiles(x, k, r, padding))  # (k * k, O, C)
+    filters = filter_matrix(k, r).t() @ products.flatten(1)
+    return grad_x, filters.view(r, r, *weight.shape[:2]).permute(2, 3, 0, 1)
 
 
 @winograd_conv2d_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    n, c, h, w = x.shape
-    grad_x = x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
-    return grad_x, weight.new_empty((3, 3, *weight.shape[:2])).permute(2, 3, 0, 1)
+def _(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    o, c, r, _ = weight.shape
+    grad_x = x.new_empty((x.shape[0], *x.shape[2:], c)).permute(0, 3, 1, 2)
+    return grad_x, weight.new_empty((r, r, o, c)).permute(2, 3, 0, 1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.padding = inputs
+    ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return winograd_conv2d_backward(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *winograd_conv2d_backward(grad, *ctx.saved_tensors, ctx.padding), None
 
 
 winograd_conv2d.register_autograd(_backward, setup_context=_setup_context)
