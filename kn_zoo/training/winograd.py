@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import cpp_extension
 
 from kn_zoo.training.recipe import UserError
 
@@ -95,6 +94,8 @@ def pair(value: Any) -> Any:
 @lru_cache
 def load_transforms() -> Any:
     """Compile winograd.cpp, once a machine, and return its operators; raises UserError."""
+    from torch.utils import cpp_extension  # imports setuptools, and looks for CUDA
+
     try:
         cpp_extension.load(
             "kn_zoo_winograd",

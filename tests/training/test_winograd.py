@@ -159,7 +159,7 @@ def test_without_a_compiler_the_message_names_the_fix(monkeypatch: pytest.Monkey
     def load(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Ninja is required to load C++ extensions\nsecond line")
 
-    monkeypatch.setattr(winograd.cpp_extension, "load", load)
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     winograd.load_transforms.cache_clear()
     with pytest.raises(UserError, match=r"pip install ninja.*set winograd: false: Ninja is requi"):
         WinogradConvolutions()
