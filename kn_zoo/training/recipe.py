@@ -88,6 +88,8 @@ class Recipe:
             self.privacy = PrivacyConfig(**self.privacy)
         if self.resolutions:
             _check_resolutions(self)
+        if self.winograd and self.mixed_precision != "no":
+            raise UserError('winograd computes in float32: set mixed_precision: "no"')
 
     @classmethod
     def read(cls, path: Path, variant: str | None = None) -> Self:

@@ -7,6 +7,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 using at::Tensor;
 
 typedef float Vec __attribute__((vector_size(32), aligned(4)));  // eight channels
@@ -40,7 +42,7 @@ template <int k, int m>
 void transform_products(const Vec* x, Vec* y) {
   for (int i = 0; i < m; i++) {
     y[i] = i % 2 ? x[1] - x[2] : x[1] + x[2];
-    if (k == 6) y[i] += float(1 << i) * (i % 2 ? x[3] - x[4] : x[3] + x[4]);
+    if constexpr (k == 6) y[i] += float(1 << i) * (i % 2 ? x[3] - x[4] : x[3] + x[4]);
   }
   y[0] += x[0];
   y[m - 1] += x[k - 1];

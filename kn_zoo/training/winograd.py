@@ -1,4 +1,4 @@
-"""Winograd's algorithm for convolutions in float32 on a CPU, which PyTorch lacks there.
+"""Winograd's algorithm for convolutions in float32 on a CPU.
 
 For filters of r x r, k x k pixels of the input give m x m of the output, m = k - r + 1, with k^2
 multiplications a pair of channels instead of (m r)^2:
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -74,21 +75,14 @@ def conv2d(
         and input.dtype == weight.dtype == torch.float32
         and input.dim() == 4
         and size in ([2, 2], [3, 3])
-        and (pair(stride), pair(dilation), groups) == ((1, 1), (1, 1), 1)
-        and pair(padding) in [(p, p) for p in range(size[0])]
+        and (to_2tuple(stride), to_2tuple(dilation), groups) == ((1, 1), (1, 1), 1)
+        and to_2tuple(padding) in [(p, p) for p in range(size[0])]
         and min(in_channels, out_channels) >= MIN_CHANNELS
     )
     if not gains:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    y = winograd_conv2d(input, weight, pair(padding)[0])
+    y = winograd_conv2d(input, weight, to_2tuple(padding)[0])
     return y if bias is None else y + bias.view(-1, 1, 1)
-
-
-def pair(value: Any) -> Any:
-    """Return a number, or a sequence of one or two, as two numbers; anything else as it is."""
-    if isinstance(value, int):
-        return value, value
-    return tuple(value) * (3 - len(value)) if isinstance(value, tuple | list) else value
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import kn_zoo
 from kn_zoo.training import winograd
-from kn_zoo.training.recipe import UserError
+from kn_zoo.training.recipe import Recipe, UserError
 from kn_zoo.training.trainer import LOG
 from kn_zoo.training.winograd import WinogradConvolutions, winograd_conv2d
 from tests.training.runs import run, weights, write_recipe
@@ -164,3 +164,9 @@ def test_without_a_compiler_the_message_names_the_fix(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"pip install ninja.*set winograd: false: Ninja is requi"):
         WinogradConvolutions()
     winograd.load_transforms.cache_clear()
+
+
+def test_mixed_precision_is_excluded(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", winograd=True, mixed_precision="bf16")
+    with pytest.raises(UserError, match="set mixed_precision"):
+        Recipe.read(path)
