@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -55,20 +56,20 @@ def plot() -> list[Path]:
 
 
 def accuracy(group: Sequence[Checkpoint]) -> Figure:
+    """Draw accuracy against training time and FLOPs: a color for each norm, a marker a recipe."""
     figure, (left, right) = panels(2, f"Top-1 on {group[0].dataset.name}, one point a checkpoint")
-    for checkpoint in group:
-        style = dict(color=COLORS[checkpoint.norm], markersize=7, capsize=3)
-        spread = checkpoint.mean_and_sd()
-        value, error = spread or (top1(checkpoint), None)
-        gflops = checkpoint.flops / 1e9
-        right.errorbar(gflops, value, error, fmt="o", label=checkpoint.name, **style)
-        if hours := environment(checkpoint).get("training", "").removesuffix(" hours"):
-            left.errorbar(float(hours), value, error, fmt="o", **style)
+    for marker, checkpoints in zip(cycle("osD^vP"), by_recipe(group).values()):
+        for checkpoint in checkpoints:
+            style = dict(color=COLORS[checkpoint.norm], fmt=marker, markersize=7, capsize=3)
+            value, error = checkpoint.mean_and_sd() or (top1(checkpoint), None)
+            right.errorbar(checkpoint.flops / 1e9, value, error, label=checkpoint.name, **style)
+            if hours := environment(checkpoint).get("training", "").removesuffix(" hours"):
+                left.errorbar(float(hours), value, error, **style)
     values = [top1(checkpoint) for checkpoint in group]
     limits = (min(values) - 5, max(values) + 5)
     left.set(xlabel="hours of training", ylabel="top-1 %", xlim=(0, None), ylim=limits)
     right.set(xlabel="GFLOPs of one image", ylabel="top-1 %", xlim=(0, None), ylim=limits)
-    right.legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -82,8 +83,9 @@ def statistics(checkpoints: Sequence[Checkpoint]) -> Figure:
             axes.barh(height, value, 0.25, color=f"C{shift}", label=label)
             axes.text(value, height, f" {value:.2f}", va="center", fontsize=8)
     axes.set_yticks(range(len(checkpoints)), [c.name for c in checkpoints], fontsize=8)
-    axes.set(xlabel="top-1 %", xlim=(0, 112), ylim=(-0.5, len(checkpoints)))
-    axes.legend(fontsize=7, loc="upper right", ncols=3)
+    axes.set(xlabel="top-1 %", xlim=(0, 112), ylim=(-0.5, len(checkpoints) - 0.5))
+    axes.grid(visible=False)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     return figure
 
 
