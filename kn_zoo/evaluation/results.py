@@ -121,15 +121,17 @@ def difference(group: Sequence[Checkpoint]) -> str:
     """One list item: the accuracy of a kernel-normalized network beside that of its baselines."""
     kernel, *baselines = group
     recipe = settings(kernel)
-    phrases = [
-        f"{abs(top1(kernel) - top1(c)):.2f} points {'below' if top1(kernel) < top1(c) else 'above'}"
-        f" {NORMS[c.norm]} ({top1(c):.2f})"
-        for c in baselines
-    ]
+    phrases = []
+    for baseline in baselines:
+        points = top1(kernel) - top1(baseline)
+        about = "; ".join(filter(None, [f"{top1(baseline):.2f}", changes(baseline.model_args)]))
+        side = "below" if points < 0 else "above"
+        phrases.append(f"{abs(points):.2f} points {side} {NORMS[baseline.norm]} ({about})")
+    changed = f" ({words})" if (words := changes(kernel.model_args)) else ""
     epsilon = f", epsilon {kernel.privacy.epsilon:.2f}" if kernel.privacy else ""
     return (
-        f"- `{kernel.name}`, {recipe['epochs']} epochs at batch size {recipe['batch_size']}"
-        f"{epsilon}: top-1 {top1(kernel):.2f} %, {listed(phrases)}."
+        f"- `{kernel.name}`{changed}, {recipe['epochs']} epochs at batch size "
+        f"{recipe['batch_size']}{epsilon}: top-1 {top1(kernel):.2f} %, {listed(phrases)}."
     )
 
 
@@ -368,7 +370,7 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
     cells = [
         [
             NORMS[runs[name][0]["norm"]],
-            changes(name),
+            changes(Recipe.read(ROOT / GAP_RECIPE, name).model_args) or "none",
             mean_and_sd(scores[name]),
             f"{mean(float(row['loss']) for row in runs[name]):.3f}",
         ]
@@ -387,13 +389,12 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
     ]
 
 
-def changes(variant: str) -> str:
-    """Describe what a variant of the recipe changes in the network."""
-    args = Recipe.read(ROOT / GAP_RECIPE, variant).model_args
+def changes(args: Mapping[str, Any]) -> str:
+    """Describe what arguments of a network change in it, apart from its norm; "" if nothing."""
     phrases = ["standardized filters"] if args.get("weight_standardization") else []
     phrases += ["ordinary convolution as stem"] if not args.get("stem_norm", True) else []
     phrases += [f"{ACTIVATIONS[args['act_layer']]} for ReLU"] if "act_layer" in args else []
-    return ", ".join(phrases) or "none"
+    return ", ".join(phrases)
 
 
 # Batch size
