@@ -46,7 +46,7 @@ CARD, RECIPE = "README.md", "recipe.yaml"
 LOG, PREDICTIONS, ENVIRONMENT = "train_log.csv", "predictions.npz", "environment.txt"
 _RECORDED = ("timm", "numpy", "safetensors", "huggingface_hub")
 FILES = (WEIGHTS_FILE, CONFIG, CARD, RECIPE, LOG, PREDICTIONS, ENVIRONMENT)
-PACKAGE_LIMIT = 5_000_000  # bytes of a weights file in the wheel
+PACKAGE_LIMIT = 10_000_000  # bytes of all bundles in the wheel
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,9 @@ def write(
         predictions: made by ``model`` as it is stored, see `round_weights`.
         dtype: type that floating-point numbers are stored in.
         seconds: duration of the training.
-        target: "package" or "repository" (see `Checkpoint.bundle`; weights above `PACKAGE_LIMIT`
-            never go to the package), or another folder: the bundle is then the user's own and not
-            in the manifest.
+        target: "package" or "repository" (see `Checkpoint.bundle`; what would grow the package
+            beyond `PACKAGE_LIMIT` goes to the repository), or another folder: the bundle is then
+            the user's own and not in the manifest.
         include_weights: False leaves the weights file out, for baselines of which the predictions
             are enough.
 
@@ -199,8 +199,6 @@ def write(
     data = to_safetensors(_stored(model, dtype), metadata={"format": "pt"})
     sha256 = hashlib.sha256(data).hexdigest()
     file = File(sha256, len(data), str(dtype).removeprefix("torch."))
-    if target == "package" and len(data) > PACKAGE_LIMIT:
-        target = "repository"
     in_manifest = target in ("package", "repository")
     checkpoint = replace(
         draft,
@@ -219,12 +217,16 @@ def write(
         PREDICTIONS: _predictions_file(predictions),
         ENVIRONMENT: (environment() + duration).encode(),
     }
+    names = files_of(checkpoint)
+    size = _packaged(checkpoint.name) + sum(len(contents[name]) for name in names)
+    if target == "package" and size > PACKAGE_LIMIT:
+        target, checkpoint = "repository", replace(checkpoint, bundle="repository")
+        contents[CARD] = card(checkpoint).encode()  # it says where the file is
     folder = checkpoint.folder if in_manifest else Path(target)
     if unexpected := {path.name for path in folder.glob("*")} - set(FILES):
         raise ValueError(
             f"{folder} contains {min(unexpected)}: choose a new folder for the bundle."
         )
-    names = files_of(checkpoint)
     with files.replace_folder(folder, {name: contents[name] for name in names}):
         if in_manifest:
             manifest.write_entry(checkpoint)
@@ -232,6 +234,12 @@ def write(
         other = "repository" if target == "package" else "package"
         shutil.rmtree(replace(checkpoint, bundle=other).folder, ignore_errors=True)
     return checkpoint
+
+
+def _packaged(but: str) -> int:
+    """Bytes of the bundles in the package, except one."""
+    bundles = (folder for folder in manifest.PRETRAINED.glob("*") if folder.name != but)
+    return sum(file.stat().st_size for folder in bundles for file in folder.iterdir())
 
 
 def add_run(checkpoint: Checkpoint, run: Run) -> Checkpoint:
