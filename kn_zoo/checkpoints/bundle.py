@@ -238,8 +238,8 @@ def write(
 
 def _packaged(but: str) -> int:
     """Bytes of the bundles in the package, except one."""
-    bundles = (folder for folder in manifest.PRETRAINED.glob("*") if folder.name != but)
-    return sum(file.stat().st_size for folder in bundles for file in folder.iterdir())
+    stored = (file for file in manifest.PRETRAINED.glob("*/*") if file.parent.name != but)
+    return sum(file.stat().st_size for file in stored)
 
 
 def add_run(checkpoint: Checkpoint, run: Run) -> Checkpoint:
