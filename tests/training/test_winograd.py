@@ -139,7 +139,7 @@ def test_a_compiled_network_computes_the_same() -> None:
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
     exact = torch.autograd.grad(expected.square().sum(), parameters)
     for ours, other in zip(gradients, exact, strict=True):
-        assert (ours - other).norm() <= 1e-3 * other.norm() + 1e-6
+        assert (ours - other).norm() <= 1e-5 * other.norm()
 
 
 def test_a_recipe_with_winograd_trains_the_same_network(tmp_path: Path) -> None:
