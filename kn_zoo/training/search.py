@@ -115,7 +115,7 @@ def search_lrs(
 
 
 def first_lr(recipe: Recipe, known: Sequence[dict[str, Any]]) -> float:
-    """Return the best rate of the same network at a larger batch size, which bounds it at this one.
+    """Return the rate to try first: the best one of the same network at a larger batch size.
 
     `known` are rows of a table of rates. Without such rows, returns `FIRST_LR`.
     """
@@ -140,10 +140,10 @@ def search_lr(
     run_config: RunConfig,
     first: float = FIRST_LR,
 ) -> list[dict[str, Any]]:
-    """Train with `first`, half of it, a quarter ... and compare accuracy on held-out images.
+    """Search the rate with the highest accuracy on held-out images, starting at `first`.
 
-    Test images are not used. Returns the rows of lr_search.csv, which is rewritten after each rate;
-    rates that it contains are not trained again.
+    Test images are not used. Returns the rows of lr_search.csv, by descending rate, which is
+    rewritten after each rate; rates that it contains are not trained again.
     """
     fraction = recipe.held_out or HELD_OUT
     table = folder / "lr_search.csv"
@@ -151,8 +151,7 @@ def search_lr(
     rows = read_rates(table)
     images = load_training(recipe, data_config)
     chance = 100 / len(set(targets_of(split_off(images, fraction)[1])))
-    lr = rows[-1]["lr"] / 2 if rows else first
-    while lr >= LAST_LR and not search_is_over([row["top1"] for row in rows], chance):
+    while lr := next_lr(rows, first, chance):
         trial = replace(recipe.with_lr(lr), held_out=fraction)
         run_dir = folder / f"lr-{lr:g}"
         prepare_run_dir(run_dir, trial)
@@ -166,7 +165,7 @@ def search_lr(
             trainer.log(str(error))
             row = {"lr": lr, "loss": math.nan, "top1": 0.0}
         rows.append(row | {"images": len(held_out), "epochs": recipe.epochs, "seed": recipe.seed})
-        lr /= 2
+        rows.sort(key=lambda row: -row["lr"])
         if trainer.accelerator.is_main_process:
             write_csv(table, rows)
         trainer.accelerator.wait_for_everyone()
@@ -177,6 +176,19 @@ def search_lr(
 
 def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: row["top1"])
+
+
+def next_lr(rows: Sequence[dict[str, Any]], first: float, chance: float) -> float | None:
+    """Return the rate to try after those of `rows`, which descend; None to end the search.
+
+    The rate is halved until `search_is_over`, then doubled while the largest one is the best.
+    """
+    if not rows:
+        return first
+    rates = [row["lr"] for row in rows]
+    if rates[-1] / 2 >= LAST_LR and not search_is_over([row["top1"] for row in rows], chance):
+        return rates[-1] / 2
+    return 2 * rates[0] if rates[0] == best_of(rows)["lr"] < FIRST_LR else None
 
 
 def search_is_over(top1: Sequence[float], chance: float) -> bool:

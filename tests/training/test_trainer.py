@@ -18,6 +18,8 @@ import pytest
 import timm
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -413,7 +415,19 @@ def test_a_search_ends_after_two_rates_worse_than_one_that_learned(
     assert search.search_is_over(top1, chance=1.0) is over
 
 
-def test_a_search_starts_at_the_best_rate_of_a_larger_batch(
+@given(st.integers(0, 10), st.integers(0, 10))
+def test_a_search_tries_the_best_rate_and_its_neighbours(best: int, first: int) -> None:
+    halvings: list[int] = []  # of the largest rate, for each rate tried
+    rows: list[dict[str, float]] = []
+    while lr := search.next_lr(rows, search.FIRST_LR / 2**first, chance=1.0):
+        halvings.append(round(np.log2(search.FIRST_LR / lr)))
+        assert len(halvings) == len(set(halvings)) and 0 <= halvings[-1] <= 10
+        rows.append({"lr": lr, "top1": 50.0 - abs(halvings[-1] - best)})
+        rows.sort(key=lambda row: -row["lr"])
+    assert {best - 1, best, best + 1} & set(range(11)) <= set(halvings)
+
+
+def test_a_search_starts_at_the_best_rate_of_a_larger_batch_and_goes_both_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = {"knpreactresnet20_cifar.a": 0.05, "knpreactresnet20_cifar.b": 0.025}
@@ -438,7 +452,8 @@ def test_a_search_starts_at_the_best_rate_of_a_larger_batch(
     _, rows = csv_with_head(table)
     rates = {name: [float(r["lr"]) for r in rows if r["recipe"] == name] for name in best}
     assert rates["knpreactresnet20_cifar.b"] == [0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625]
-    assert rates["knpreactresnet20_cifar.a"] == [0.025, 0.0125, 0.00625]  # starts at the best of b
+    a = rates["knpreactresnet20_cifar.a"]
+    assert a == [0.1, 0.05, 0.025, 0.0125, 0.00625]  # starts at 0.025, the best of b
     assert rates["preactresnet20_cifar.c"] == [0.2, 0.1, 0.05, 0.025]  # another norm
     assert [row["norm"] for row in rows[-4:]] == ["batch"] * 4
     lines = table.read_text().splitlines(keepends=True)
