@@ -29,6 +29,7 @@ RECIPE = {
     "dataset": "cifar100",
     "train_split": "train",
     "held_out": 0.1,
+    "preprocessing": {"input_size": [3, 16, 16]},
 }
 
 
@@ -86,9 +87,10 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
         for norm, size, top1 in runs
     ]
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    text = "\n".join(results.small_batch_section(rows, RECIPE, machine))
+    text = "\n".join(results.small_batch_section(rows, [{"epochs": "2"}], RECIPE, machine))
     assert "| 2 | 30.5 (0.7) | 10.5 (0.7) | 0.002 / 0.002 |" in text
     assert "| 256 | 20.5 (0.7) | 21.0 (0.7) | 0.256 / 0.256 |" in text
+    assert "at 16x16, 8 epochs" in text and "2 epochs for each rate" in text
     assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
     answer = results.most_accurate([], rows)
     assert "kernel normalization at batch size 2; BatchNorm at batch size 256." in answer

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "results"
 SMALL_BATCH = FIGURES / "small_batch.csv"
+SMALL_BATCH_RATES = FIGURES / "small_batch_rates.csv"
 SMALL_BATCH_RECIPE = "train_scripts/recipes/small_batch.yaml"
 GAP = FIGURES / "gap.csv"
 GAP_RECIPE = "train_scripts/recipes/cifar100_gap.yaml"
@@ -56,7 +57,9 @@ def page() -> str:
         *statistics_section([c for c in checkpoints + private if c.norm == "kernel"]),
         *curves_section(checkpoints),
         *gap_section(read_table(GAP), as_mapping(comments(GAP))),
-        *small_batch_section(rows, recipe, as_mapping(comments(SMALL_BATCH))),
+        *small_batch_section(
+            rows, read_table(SMALL_BATCH_RATES), recipe, as_mapping(comments(SMALL_BATCH))
+        ),
         *camvid_section(read_table(CAMVID), as_mapping(comments(CAMVID))),
         *private_section(private),
         "## Machines and versions",
@@ -401,7 +404,10 @@ def changes(args: Mapping[str, Any]) -> str:
 
 
 def small_batch_section(
-    rows: Sequence[Row], recipe: Mapping[str, Any], recorded: Mapping[str, str]
+    rows: Sequence[Row],
+    rates: Sequence[Row],
+    recipe: Mapping[str, Any],
+    recorded: Mapping[str, str],
 ) -> list[str]:
     parts = ["## Batch size"]
     if not rows:
@@ -418,13 +424,15 @@ def small_batch_section(
     seeds, epochs = in_order(rows, "seed"), rows[0]["epochs"]
     names = [NORMS[norm] for norm in norms]
     depth = 2 + 2 * sum(recipe["model_args"]["depths"])
+    _, height, width = recipe["preprocessing"]["input_size"]
     return [
         *parts,
-        f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}`, {epochs} epochs "
-        f"at every batch size, seeds {listed(seeds)}; top-1 in percent on the test images, mean "
-        f"(SD) over the seeds. {100 * recipe['held_out']:g} % of the training images are held out; "
-        "on them, each learning rate is the best of a search by halving "
-        "(`results/small_batch_rates.csv`).",
+        f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}` at "
+        f"{height}x{width}, {epochs} epochs at every batch size, seeds {listed(seeds)}; top-1 in "
+        f"percent on the test images, mean (SD) over the seeds. {100 * recipe['held_out']:g} % of "
+        "the training images are held out; on them, each learning rate is the best of a search "
+        f"in factors of two, {rates[0]['epochs']} epochs for each rate "
+        f"(`{SMALL_BATCH_RATES.relative_to(ROOT)}`).",
         table("|".join(["batch", *names, f"rates: {' / '.join(names)}"]), cells),
         image("small_batch", "top-1 by batch size"),
         effect_of_batch_size(rows, "top1", "top-1"),
