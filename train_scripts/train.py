@@ -58,8 +58,9 @@ def main(
         bool,
         typer.Option(
             "--lr-search",
-            help="search the learning rate instead: halve it from 0.2 and compare on held-out "
-            "images; with --table, for every recipe of the file",
+            help="search the learning rate instead, from 0.2 in factors of two, by accuracy on "
+            "held-out images; with --table, for every recipe of the file, and from the best rate "
+            "of a larger batch size",
         ),
     ] = False,
     table: options.Table = None,

@@ -188,7 +188,9 @@ def next_lr(rows: Sequence[dict[str, Any]], first: float, chance: float) -> floa
     rates = [row["lr"] for row in rows]
     if rates[-1] / 2 >= LAST_LR and not search_is_over([row["top1"] for row in rows], chance):
         return rates[-1] / 2
-    return 2 * rates[0] if rates[0] == best_of(rows)["lr"] < FIRST_LR else None
+    if rates[0] < FIRST_LR and best_of(rows)["lr"] == rates[0]:
+        return 2 * rates[0]
+    return None
 
 
 def search_is_over(top1: Sequence[float], chance: float) -> bool:
