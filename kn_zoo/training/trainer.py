@@ -33,7 +33,7 @@ from kn_zoo.evaluation.predict import eval_transform, exact_float32, predict
 from kn_zoo.training import data
 from kn_zoo.training.batches import Shard, create_batches, derive_seed, seeded
 from kn_zoo.training.data import DataConfig
-from kn_zoo.training.muon import orthogonalize_in_float32
+from kn_zoo.training.muon import orthogonalize_in
 from kn_zoo.training.recipe import Recipe, UserError, recipe_settings
 from kn_zoo.training.resume import restore_state, save_state
 from kn_zoo.training.winograd import WinogradConvolutions
@@ -182,7 +182,10 @@ class Trainer:
             self.ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
         if self.accelerator.device.type == "cpu":
-            orthogonalize_in_float32()
+            bfloat16 = recipe.mixed_precision == "bf16" and not emulates_bfloat16(
+                self.accelerator.device
+            )
+            orthogonalize_in(torch.bfloat16 if bfloat16 else torch.float32)
         with recipe_settings("optimizer"):
             optimizer = create_optimizer_v2(network, **recipe.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)

@@ -464,14 +464,21 @@ def test_a_search_starts_at_the_best_rate_of_a_larger_batch_and_goes_both_ways(
     assert sorted(table.read_text().splitlines()) == sorted(map(str.rstrip, lines))
 
 
-def test_muon_orthogonalizes_in_float32_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
+def test_muon_orthogonalizes_in_bfloat16_only_with_its_instructions(
+    instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     muon = pytest.importorskip("timm.optim.muon")
-    path = write_recipe(tmp_path / "recipe.yaml", optimizer={"opt": "nmuon", "lr": 0.01})
-    training.Trainer(Recipe.read(path), tmp_path, images.DataConfig(), training.RunConfig())
-    made = muon.zeropower_via_newtonschulz(torch.randn(4, 6), 5, [(3.4445, -4.775, 2.0315)])
-    assert made.dtype is torch.float32
-    values = torch.linalg.svdvals(made)
-    assert values.min() > 0.5 and values.max() < 1.5
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    for precision in ("bf16", "no"):
+        changes = {"mixed_precision": precision, "optimizer": {"opt": "nmuon", "lr": 0.01}}
+        path = write_recipe(tmp_path / "recipe.yaml", **changes)
+        training.Trainer(Recipe.read(path), tmp_path, images.DataConfig(), training.RunConfig())
+        made = muon.zeropower_via_newtonschulz(torch.randn(4, 6), 5, [(3.4445, -4.775, 2.0315)])
+        bfloat16 = (instructions, precision) == ("AVX512", "bf16")
+        assert made.dtype is (torch.bfloat16 if bfloat16 else torch.float32)
+        values = torch.linalg.svdvals(made.float())
+        assert values.min() > 0.5 and values.max() < 1.5
 
 
 def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
