@@ -47,6 +47,7 @@ LOG, PREDICTIONS, ENVIRONMENT = "train_log.csv", "predictions.npz", "environment
 _RECORDED = ("timm", "numpy", "safetensors", "huggingface_hub")
 FILES = (WEIGHTS_FILE, CONFIG, CARD, RECIPE, LOG, PREDICTIONS, ENVIRONMENT)
 PACKAGE_LIMIT = 10_000_000  # bytes of all bundles in the wheel
+FILE_LIMIT = 25_000_000  # bytes of the weights of a bundle in the repository
 
 
 @dataclass(frozen=True)

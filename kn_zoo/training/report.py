@@ -120,7 +120,7 @@ def write_result(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
 
     Returns the stored type and the predictions under "expected" statistics.
     """
-    dtype, predictions = round_if_harmless(trainer)
+    dtype, predictions = round_for_storage(trainer)
     statistics = {"expected": mean_accuracy([predictions])} | other_statistics(trainer)
     for name, accuracy in statistics.items():
         trainer.log(f"{name}: top-1 {accuracy.top1:.2f}  top-5 {accuracy.top5:.2f}")
@@ -131,10 +131,11 @@ def write_result(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
     return dtype, predictions
 
 
-def round_if_harmless(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
+def round_for_storage(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
     """Round to the recipe's `stored_dtype` unless that changes a prediction.
 
-    Returns the type of the weights and their predictions.
+    If the weights exceed `bundle.FILE_LIMIT` in float32, they are rounded in any case. Returns the
+    type of the weights, and the predictions of the weights as they are stored.
     """
     model, dtype = trainer.evaluated, getattr(torch, trainer.recipe.stored_dtype)
     exact = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -144,11 +145,18 @@ def round_if_harmless(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
     bundle.round_weights(model, dtype)
     after = trainer.evaluate(trainer.test_set, trainer.recipe.stored_dtype)
     changed = int((before.indices[:, 0] != after.indices[:, 0]).sum())
-    if not changed:
-        return dtype, after
-    trainer.log(f"{trainer.recipe.stored_dtype} changes {changed} predictions: storing float32")
-    model.load_state_dict(exact)
-    return torch.float32, before
+    size = sum(tensor.nbytes for tensor in exact.values())
+    fits = size <= bundle.FILE_LIMIT
+    if changed:
+        trainer.log(
+            f"{trainer.recipe.stored_dtype} changes {changed} of {len(before.indices)} predictions;"
+            f" float32 takes {size / 1e6:.0f} MB: "
+            f"storing {'float32' if fits else trainer.recipe.stored_dtype}"
+        )
+    if changed and fits:
+        model.load_state_dict(exact)
+        return torch.float32, before
+    return dtype, after
 
 
 def other_statistics(trainer: AnyTrainer) -> dict[str, Accuracy]:
