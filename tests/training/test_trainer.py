@@ -464,21 +464,50 @@ def test_a_search_starts_at_the_best_rate_of_a_larger_batch_and_goes_both_ways(
     assert sorted(table.read_text().splitlines()) == sorted(map(str.rstrip, lines))
 
 
-@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
+@pytest.mark.parametrize(
+    ("instructions", "precision", "dtype"),
+    [
+        ("AVX512", "bf16", torch.bfloat16),
+        ("AVX512", "no", torch.float32),
+        ("AVX2", "bf16", torch.float32),
+    ],
+)
 def test_muon_orthogonalizes_in_bfloat16_only_with_its_instructions(
-    instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    instructions: str,
+    precision: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     muon = pytest.importorskip("timm.optim.muon")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-    for precision in ("bf16", "no"):
-        changes = {"mixed_precision": precision, "optimizer": {"opt": "nmuon", "lr": 0.01}}
-        path = write_recipe(tmp_path / "recipe.yaml", **changes)
-        training.Trainer(Recipe.read(path), tmp_path, images.DataConfig(), training.RunConfig())
-        made = muon.zeropower_via_newtonschulz(torch.randn(4, 6), 5, [(3.4445, -4.775, 2.0315)])
-        bfloat16 = (instructions, precision) == ("AVX512", "bf16")
-        assert made.dtype is (torch.bfloat16 if bfloat16 else torch.float32)
-        values = torch.linalg.svdvals(made.float())
-        assert values.min() > 0.5 and values.max() < 1.5
+    changes = {"mixed_precision": precision, "optimizer": {"opt": "nmuon", "lr": 0.01}}
+    path = write_recipe(tmp_path / "recipe.yaml", **changes)
+    training.Trainer(Recipe.read(path), tmp_path, images.DataConfig(), training.RunConfig())
+    made = muon.zeropower_via_newtonschulz(torch.randn(4, 6), 5, [(3.4445, -4.775, 2.0315)])
+    assert made.dtype is dtype
+    values = torch.linalg.svdvals(made.float())
+    assert values.min() > 0.5 and values.max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype"), [(bundle.FILE_LIMIT, torch.float32), (0, torch.float16)]
+)
+def test_rounding_that_changes_predictions_is_undone_if_float32_is_not_too_large(
+    limit: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", stored_dtype="float16")
+    trainer = training.Trainer(
+        Recipe.read(path), tmp_path, images.DataConfig(), training.RunConfig()
+    )
+    head = trainer.network.get_classifier()
+    bias = 1 + 1e-5 * torch.arange(10)  # float16 rounds all to 1: class 0 instead of 9
+    head.load_state_dict({"weight": torch.zeros_like(head.weight), "bias": bias})
+    monkeypatch.setattr(bundle, "FILE_LIMIT", limit)
+    stored, made = report.round_for_storage(trainer)
+    assert stored is dtype
+    assert set(made.indices[:, 0]) == ({9} if dtype is torch.float32 else {0})
+    assert torch.equal(head.bias, bias if dtype is torch.float32 else torch.ones(10))
 
 
 def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
