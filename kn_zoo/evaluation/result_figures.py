@@ -20,7 +20,7 @@ from kn_zoo.evaluation.results import (
     Row,
     by_dataset,
     by_recipe,
-    environment,
+    core_hours,
     in_order,
     read_table,
     top1,
@@ -63,11 +63,11 @@ def accuracy(group: Sequence[Checkpoint]) -> Figure:
             style = dict(color=COLORS[checkpoint.norm], fmt=marker, markersize=7, capsize=3)
             value, error = checkpoint.mean_and_sd() or (top1(checkpoint), None)
             right.errorbar(checkpoint.flops / 1e9, value, error, label=checkpoint.name, **style)
-            if hours := environment(checkpoint).get("training", "").removesuffix(" hours"):
-                left.errorbar(float(hours), value, error, **style)
+            if (hours := core_hours(checkpoint)) is not None:
+                left.errorbar(hours, value, error, **style)
     values = [top1(checkpoint) for checkpoint in group]
     limits = (min(values) - 5, max(values) + 5)
-    left.set(xlabel="hours of training", ylabel="top-1 %", xlim=(0, None), ylim=limits)
+    left.set(xlabel="core-hours of training", ylabel="top-1 %", xlim=(0, None), ylim=limits)
     right.set(xlabel="GFLOPs of one image", ylabel="top-1 %", xlim=(0, None), ylim=limits)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     return figure

@@ -150,7 +150,7 @@ def listed(words: Iterable[str]) -> str:
 
 # Accuracy against training time and FLOPs
 
-ACCURACY_HEAD = "checkpoint|norm|data|epochs|batch|seeds|top-1 %|mean (SD)|GFLOPs|hours"
+ACCURACY_HEAD = "checkpoint|norm|data|epochs|batch|seeds|top-1 %|mean (SD)|GFLOPs|core-hours"
 
 
 def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -159,12 +159,13 @@ def accuracy_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "All checkpoints trained by this project. Accuracy is that of the stored file under "
         "`expected` statistics; each row is one run unless it names several seeds, whose mean and "
         "SD follow. FLOPs are for one image, with multiplications and additions counted "
-        "separately. Hours count the parameter updates of one run. The machine was shared "
-        "with other work, so hours are indicative; [Cost](#cost) was measured separately.",
+        "separately. Core-hours are the time of one run's parameter updates on a CPU, multiplied "
+        "by the number of threads. [Processors](#machines-and-versions) differ and were shared "
+        "with other work, so core-hours are indicative; [Cost](#cost) was measured separately.",
         table(ACCURACY_HEAD, [accuracy_row(checkpoint) for checkpoint in checkpoints]),
         "GroupNorm has 32 groups, or fewer where that leaves less than two channels to a group.",
         *(
-            image(f"accuracy_{dataset}", f"top-1 on {dataset} against hours and against FLOPs")
+            image(f"accuracy_{dataset}", f"top-1 on {dataset} against core-hours and against FLOPs")
             for dataset in by_dataset(checkpoints)
         ),
     ]
@@ -183,7 +184,7 @@ def accuracy_row(checkpoint: Checkpoint) -> list[str]:
         f"{top1(checkpoint):.2f}",
         f"{several[0]:.2f} ({several[1]:.2f})" if several else "",
         f"{checkpoint.flops / 1e9:#.3g}",
-        environment(checkpoint).get("training", "").removesuffix(" hours"),
+        "" if (hours := core_hours(checkpoint)) is None else f"{hours:.2f}",
     ]
 
 
@@ -204,6 +205,15 @@ def environment(checkpoint: Checkpoint) -> dict[str, str]:
     """The lines of environment.txt, by their first word."""
     text = (checkpoint.folder / bundle.ENVIRONMENT).read_text(encoding="utf-8")
     return as_mapping(text.splitlines())
+
+
+def core_hours(checkpoint: Checkpoint) -> float | None:
+    """Duration of the training times the threads used; None if not recorded, or on a GPU."""
+    recorded = environment(checkpoint)
+    if "training" not in recorded or recorded["gpu"] != "none":
+        return None
+    hours, threads = recorded["training"].split()[0], recorded["cpu"].rpartition("threads used ")[2]
+    return float(hours) * int(threads)
 
 
 def as_mapping(lines: Iterable[str]) -> dict[str, str]:
