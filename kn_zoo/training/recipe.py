@@ -76,7 +76,7 @@ class Recipe:
     on_device: bool = False  # keep the training images on the device and augment them there
     ema_decay: float | None = None  # evaluate and store a moving average of the weights
     ema_warmup: bool = False  # increase the decay up to ema_decay, for short runs
-    stored_dtype: str = "float32"  # float32 if rounding changes a prediction and 25 MB suffice
+    stored_dtype: str = "float32"  # of weights; float32 if it changes predictions, up to 25 MB
     sampled_draws: int = 5  # evaluations to average under "sampled" inference statistics
     held_out: float = 0.0  # fraction of training images held out to evaluate each epoch on
     updates: int | None = None  # stop after this many updates; the schedule remains the full run's

@@ -145,18 +145,18 @@ def round_for_storage(trainer: AnyTrainer) -> tuple[torch.dtype, Predictions]:
     bundle.round_weights(model, dtype)
     after = trainer.evaluate(trainer.test_set, trainer.recipe.stored_dtype)
     changed = int((before.indices[:, 0] != after.indices[:, 0]).sum())
+    if not changed:
+        return dtype, after
     size = sum(tensor.nbytes for tensor in exact.values())
-    fits = size <= bundle.FILE_LIMIT
-    if changed:
-        trainer.log(
-            f"{trainer.recipe.stored_dtype} changes {changed} of {len(before.indices)} predictions;"
-            f" float32 takes {size / 1e6:.0f} MB: "
-            f"storing {'float32' if fits else trainer.recipe.stored_dtype}"
-        )
-    if changed and fits:
-        model.load_state_dict(exact)
-        return torch.float32, before
-    return dtype, after
+    kept = dtype if size > bundle.FILE_LIMIT else torch.float32
+    trainer.log(
+        f"{trainer.recipe.stored_dtype} changes {changed} of {len(before.indices)} predictions; "
+        f"float32 takes {size / 1e6:.0f} MB: storing {str(kept).removeprefix('torch.')}"
+    )
+    if kept is dtype:
+        return dtype, after
+    model.load_state_dict(exact)
+    return torch.float32, before
 
 
 def other_statistics(trainer: AnyTrainer) -> dict[str, Accuracy]:
