@@ -65,6 +65,14 @@ def main(
     ] = False,
     table: options.Table = None,
     in_package: options.InPackage = False,
+    include_weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights/--no-weights",
+            help="whether the bundle has the weights; --no-weights stores a large baseline's "
+            "predictions, log and recipe only",
+        ),
+    ] = True,
 ) -> int:
     def train() -> None:
         variants = variant_names(path) if table and variant is None else [variant]
@@ -89,7 +97,16 @@ def main(
         elif lr_search:
             search_lr(recipe, folder, data_config, run_config)
         else:
-            train_seeds(recipe, path, folder, data_config, run_config, chosen_seeds, in_package)
+            train_seeds(
+                recipe,
+                path,
+                folder,
+                data_config,
+                run_config,
+                chosen_seeds,
+                in_package,
+                include_weights,
+            )
 
     return options.exit_status(train)
 

@@ -57,6 +57,28 @@ def check(checkpoint: Checkpoint, images: data.Images, settings: Settings, resul
         compare_accuracy(statistics, draws, stored, accuracy, result)
 
 
+def check_stored(checkpoint: Checkpoint, images: data.Images, result: Result) -> None:
+    """Recompute the accuracy of a checkpoint without weights from the predictions of its bundle.
+
+    Raises:
+        WeightsError: the predictions are missing or corrupt.
+    """
+    stored, _ = stored_predictions(checkpoint)
+    reported = checkpoint.reported.statistics["expected"]
+    targets = np.array([images[index][1] for index in range(len(images))])
+    if not np.array_equal(stored.targets, targets):
+        result.reasons.append("predictions.npz does not have the targets of the data set")
+    for name, computed, percent in (
+        ("top-1", stored.top1, reported.top1),
+        ("top-5", stored.top5, reported.top5),
+    ):
+        if percent is not None and round(computed, 4) != percent:
+            result.reasons.append(
+                f"{name} is {computed:.4f} by predictions.npz, reported is {percent:.4f}"
+            )
+    result.checked.append("accuracy of the stored predictions")
+
+
 def stored_predictions(checkpoint: Checkpoint) -> tuple[Predictions, float]:
     """Read the predictions of a bundle and the bound of its near-ties, at most `NEAR_TIE`."""
     folder = bundle.get(checkpoint)

@@ -29,6 +29,9 @@ def verify(checkpoint: Checkpoint, settings: Settings) -> Result:
         result.reasons += wrong_counts(checkpoint)
         result.checked += ["parameters", "FLOPs"]
         check_privacy(checkpoint, result)
+        if checkpoint.bundle and not checkpoint.file and checkpoint.task == "classification":
+            images = load_images(checkpoint, settings)
+            classification.check_stored(checkpoint, images, result)
         if checkpoint.bundle or not checkpoint.available:  # no download before the data is there
             loading.read(loading.locate(checkpoint), checkpoint)
             result.checked.append("SHA-256")

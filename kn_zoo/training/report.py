@@ -38,6 +38,7 @@ def train_seeds(
     run_config: RunConfig,
     seeds: Sequence[int],
     in_package: bool,
+    include_weights: bool = True,
 ) -> None:
     """Train once per seed; the bundle has the first seed's weights and the results of all.
 
@@ -59,7 +60,9 @@ def train_seeds(
     if trainer.accelerator.is_main_process:
         runs = [read_result(run_dir), *others]
         target = None if in_package else folder / "bundle"
-        write_bundle(trainer, recipe_path, runs, dtype, predictions, target)
+        write_bundle(
+            trainer, recipe_path, runs, dtype, predictions, target, include_weights=include_weights
+        )
         if others:
             top1 = [run.statistics["expected"].top1 for run in runs]
             trainer.log(f"top-1 of {len(runs)} seeds: {mean(top1):.2f}, SD {stdev(top1):.2f}")
@@ -193,6 +196,7 @@ def write_bundle(
     predictions: Predictions,
     folder: Path | None,
     privacy: Privacy | None = None,
+    include_weights: bool = True,
 ) -> None:
     """Write the checkpoint's bundle to `folder`; None: to the package and its manifest.
 
@@ -225,6 +229,7 @@ def write_bundle(
         dtype=dtype,
         seconds=None if privacy else trainer.progress.seconds,
         target=folder or "package",
+        include_weights=include_weights,
     )
     trainer.log(f"wrote {folder or checkpoint.folder}")
 

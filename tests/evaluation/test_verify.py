@@ -347,6 +347,25 @@ def test_an_unavailable_checkpoint_is_skipped_with_a_hint(zoo: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("damage", [None, "classes", "targets"])
+def test_without_weights_the_stored_predictions_are_checked(zoo: Path, damage: str | None) -> None:
+    checkpoint, predicted = manifest.find(NAME), stored()
+    tiny_zoo.write(
+        tiny_zoo.network(), checkpoint, zoo / "log", predictions=predicted, include_weights=False
+    )
+    if damage == "classes":
+        edit(NAME, indices=(predicted.indices + 1) % 10)
+    elif damage == "targets":
+        edit(NAME, targets=(predicted.targets + 1) % 10)
+    _, actual = results(zoo, NAME, OTHER)
+    result = actual[NAME]
+    assert "accuracy of the stored predictions" in result["checked"]
+    assert result["status"] == ("mismatch" if damage else "skipped")
+    assert "has predictions only" in result["reasons"][-1]
+    reasons = {None: "has predictions only", "classes": "top-1 is", "targets": "the targets"}
+    assert reasons[damage] in result["reasons"][0]
+
+
 def test_statistics_that_nobody_reported_are_skipped(zoo: Path) -> None:
     checkpoint: Checkpoint = manifest.find(NAME)
     expected = {"expected": checkpoint.reported.statistics["expected"]}

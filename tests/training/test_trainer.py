@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,23 @@ def test_seeds_are_added_to_a_stored_checkpoint(
     assert run(recipe, "--updates", "3", "--seeds", "4", "--add-seeds") == 2, "another recipe"
     assert run(*command, "--add-seeds") == 2, "without seeds"
     assert path.read_text() == before
+
+
+def test_a_baseline_is_stored_without_its_weights(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights_manifest.json"
+    path.write_text('{"checkpoints": []}')
+    monkeypatch.setattr(manifest, "PATH", path)
+    monkeypatch.setattr(manifest, "PRETRAINED", tmp_path / "pretrained")
+    command = [recipe, "--output", tmp_path / "run", "--updates", "2", "--in-package"]
+    assert run(*command, "--no-weights") == 0
+    (stored,) = manifest.load().values()
+    assert {file.name for file in stored.folder.iterdir()} == {*bundle.FILES[1:]}
+    assert stored.source == "predictions only"
+    assert run(*command) == 0, "the weights of the same run"
+    (complete,) = manifest.load().values()
+    assert complete.file and replace(complete, file=None) == stored
 
 
 def test_the_learning_rate_is_searched_on_held_out_images_only(
