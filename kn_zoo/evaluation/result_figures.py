@@ -20,6 +20,7 @@ from kn_zoo.evaluation.results import (
     Row,
     by_dataset,
     by_recipe,
+    by_shape,
     core_hours,
     in_order,
     read_table,
@@ -56,9 +57,10 @@ def plot() -> list[Path]:
 
 
 def accuracy(group: Sequence[Checkpoint]) -> Figure:
-    """Draw accuracy against training time and FLOPs: a color for each norm, a marker a recipe."""
+    """Draw accuracy against training time and FLOPs: a marker for each recipe and shape."""
     figure, (left, right) = panels(2, f"Top-1 on {group[0].dataset.name}, one point a checkpoint")
-    for marker, checkpoints in zip(cycle("osD^vP"), by_recipe(group).values()):
+    compared = [shape for recipe in by_recipe(group).values() for shape in by_shape(recipe)]
+    for marker, checkpoints in zip(cycle("osD^vP"), compared):
         for checkpoint in checkpoints:
             style = dict(color=COLORS[checkpoint.norm], fmt=marker, markersize=7, capsize=3)
             value, error = checkpoint.mean_and_sd() or (top1(checkpoint), None)
@@ -91,12 +93,14 @@ def statistics(checkpoints: Sequence[Checkpoint]) -> Figure:
 
 def curves(group: Sequence[Checkpoint]) -> Figure:
     figure, (left, right) = panels(2, group[0].recipe or "")
-    for checkpoint in group:
-        rows = read_table(checkpoint.folder / bundle.LOG)
-        epochs = [int(row["epoch"]) for row in rows]
-        style = dict(color=COLORS[checkpoint.norm], label=checkpoint.name)
-        left.plot(epochs, [float(row["loss"]) for row in rows], **style)
-        right.plot(epochs, [float(row["top1"]) for row in rows], **style)
+    for linestyle, checkpoints in zip(cycle(("-", "--", ":")), by_shape(group)):
+        for checkpoint in checkpoints:
+            rows = read_table(checkpoint.folder / bundle.LOG)
+            epochs = [int(row["epoch"]) for row in rows]
+            color, label = COLORS[checkpoint.norm], checkpoint.name
+            style = dict(color=color, linestyle=linestyle, label=label)
+            left.plot(epochs, [float(row["loss"]) for row in rows], **style)
+            right.plot(epochs, [float(row["top1"]) for row in rows], **style)
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="top-1 % during training", ylim=(0, 100))
     right.legend(fontsize=7, loc="lower right")

@@ -359,11 +359,23 @@ def by_recipe(checkpoints: Iterable[Checkpoint]) -> dict[str, list[Checkpoint]]:
     return groups
 
 
+def by_shape(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
+    """Networks that differ in their normalization only, in one list each."""
+    groups: dict[str, list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        groups.setdefault(checkpoint.architecture.removeprefix("kn"), []).append(checkpoint)
+    return list(groups.values())
+
+
 def curves_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
     parts = ["## Learning curves"]
     for name, group in by_recipe(checkpoints).items():
-        held_out = settings(group[0]).get("held_out")
+        recipe = settings(group[0])
+        held_out, sides = recipe.get("held_out"), recipe.get("resolutions")
         on = f"{100 * held_out:g} % of the training images, held out" if held_out else "test images"
+        if sides:
+            grow = listed(f"{side} pixels from epoch {first}" for first, side in sides.items())
+            on += f", at full size; training images have a side of {grow}"
         parts.append(f"`{group[0].recipe}`, accuracy measured on {on}:")
         parts.append(image(f"curves_{name}", "loss and accuracy by epoch"))
     return parts
