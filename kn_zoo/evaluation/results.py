@@ -1,7 +1,7 @@
 """docs/results.md, from the manifest, the bundles and the tables in results/."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -93,13 +93,27 @@ def answer_section(checkpoints: Sequence[Checkpoint], rows: Sequence[Row]) -> li
 
 def comparisons(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
     """Checkpoints of one recipe file, shape of network and epsilon; kernel normalization first."""
-    groups: dict[tuple[str | None, str, float | None], list[Checkpoint]] = {}
-    for checkpoint in checkpoints:
-        shape = checkpoint.architecture.removeprefix("kn")
+
+    def key(checkpoint: Checkpoint) -> tuple[str | None, str, float | None]:
         epsilon = checkpoint.privacy.epsilon if checkpoint.privacy else None
-        groups.setdefault((checkpoint.recipe, shape, epsilon), []).append(checkpoint)
-    compared = [sorted(group, key=lambda c: c.norm != "kernel") for group in groups.values()]
+        return checkpoint.recipe, shape(checkpoint), epsilon
+
+    groups = grouped(checkpoints, key).values()
+    compared = [sorted(group, key=lambda c: c.norm != "kernel") for group in groups]
     return [group for group in compared if len(group) > 1 and group[0].norm == "kernel"]
+
+
+def grouped(checkpoints: Iterable[Checkpoint], key: Callable) -> dict[Any, list[Checkpoint]]:
+    """Checkpoints by the value of `key`, in their order."""
+    groups: dict[Any, list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        groups.setdefault(key(checkpoint), []).append(checkpoint)
+    return groups
+
+
+def shape(checkpoint: Checkpoint) -> str:
+    """The architecture without its norm: networks of one shape differ in their norm only."""
+    return checkpoint.architecture.removeprefix("kn")
 
 
 def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row]) -> str:
@@ -190,9 +204,7 @@ def accuracy_row(checkpoint: Checkpoint) -> list[str]:
 
 def by_dataset(checkpoints: Iterable[Checkpoint]) -> dict[str, list[Checkpoint]]:
     """The data sets on which several checkpoints can be compared."""
-    groups: dict[str, list[Checkpoint]] = {}
-    for checkpoint in checkpoints:
-        groups.setdefault(checkpoint.dataset.name, []).append(checkpoint)
+    groups = grouped(checkpoints, lambda checkpoint: checkpoint.dataset.name)
     return {name: group for name, group in groups.items() if len(group) > 1}
 
 
@@ -352,19 +364,11 @@ def statistics_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def by_recipe(checkpoints: Iterable[Checkpoint]) -> dict[str, list[Checkpoint]]:
-    groups: dict[str, list[Checkpoint]] = {}
-    for checkpoint in checkpoints:
-        name = Path(str(checkpoint.recipe)).stem.replace(".", "_")
-        groups.setdefault(name, []).append(checkpoint)
-    return groups
+    return grouped(checkpoints, lambda c: Path(str(c.recipe)).stem.replace(".", "_"))
 
 
 def by_shape(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
-    """Networks that differ in their normalization only, in one list each."""
-    groups: dict[str, list[Checkpoint]] = {}
-    for checkpoint in checkpoints:
-        groups.setdefault(checkpoint.architecture.removeprefix("kn"), []).append(checkpoint)
-    return list(groups.values())
+    return list(grouped(checkpoints, shape).values())
 
 
 def curves_section(checkpoints: Sequence[Checkpoint]) -> list[str]:
