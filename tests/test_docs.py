@@ -28,7 +28,6 @@ RECIPE = {
     "model_args": {"depths": [1, 1, 1]},
     "dataset": "cifar100",
     "train_split": "train",
-    "held_out": 0.1,
     "preprocessing": {"input_size": [3, 16, 16]},
 }
 
@@ -87,10 +86,11 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
         for norm, size, top1 in runs
     ]
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    text = "\n".join(results.small_batch_section(rows, [{"epochs": "2"}], RECIPE, machine))
+    rates = [{"epochs": "2", "images": "5000"}]
+    text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
     assert "| 2 | 30.5 (0.7) | 10.5 (0.7) | 0.002 / 0.002 |" in text
     assert "| 256 | 20.5 (0.7) | 21.0 (0.7) | 0.256 / 0.256 |" in text
-    assert "at 16x16, 8 epochs" in text and "2 epochs for each rate" in text
+    assert "at 16x16, 8 epochs" in text and "2 epochs for each rate, on 5,000 held-out" in text
     assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
     answer = results.most_accurate([], rows)
     assert "kernel normalization at batch size 2; BatchNorm at batch size 256." in answer

@@ -455,9 +455,9 @@ def small_batch_section(
         *parts,
         f"PreActResNet-{depth} on {recipe['dataset']} `{recipe['train_split']}` at "
         f"{height}x{width}, {epochs} epochs at every batch size, seeds {listed(seeds)}; top-1 in "
-        f"percent on the test images, mean (SD) over the seeds. {100 * recipe['held_out']:g} % of "
-        "the training images are held out; on them, each learning rate is the best of a search "
-        f"in factors of two, {rates[0]['epochs']} epochs for each rate "
+        "percent on the test images, mean (SD) over the seeds. Each learning rate is the best of a "
+        f"search in factors of two, {rates[0]['epochs']} epochs for each rate, on "
+        f"{int(rates[0]['images']):,} held-out training images "
         f"(`{SMALL_BATCH_RATES.relative_to(ROOT)}`).",
         table("|".join(["batch", *names, f"rates: {' / '.join(names)}"]), cells),
         image("small_batch", "top-1 by batch size"),
