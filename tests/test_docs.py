@@ -88,8 +88,8 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
     rates = [{"epochs": "2", "images": "5000"}]
     text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
-    assert "| 2 | 30.5 (0.7) | 10.5 (0.7) | 0.002 / 0.002 |" in text
-    assert "| 256 | 20.5 (0.7) | 21.0 (0.7) | 0.256 / 0.256 |" in text
+    assert "| 2 | 30.5 (0.7) | 10.5 (0.7) |" in text
+    assert "| 256 | 20.5 (0.7) | 21.0 (0.7) |" in text
     assert "at 16x16, 8 epochs" in text and "2 epochs for each rate, on 5,000 held-out" in text
     assert "seeds 0 and 1" in text and "128 times as many" in text and "PreActResNet-8" in text
     answer = results.most_accurate([], rows)
@@ -102,6 +102,26 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
     assert [float(y1 - y0) for (_, y0), (_, y1) in bars.get_segments()] == pytest.approx(
         [2**0.5] * 2
     )
+
+
+def test_batchnorm_is_compared_with_its_statistics_re_estimated_too() -> None:
+    row = {"seed": "0", "epochs": "8", "lr": "1", "batch_size": "2"}
+    rows = results.with_reestimated(
+        [
+            {"norm": "kernel", "top1": "30", "top1_reestimated": "", **row},
+            {"norm": "batch", "top1": "20", "top1_reestimated": "40", **row},
+        ]
+    )
+    assert [(row["norm"], row["top1"]) for row in rows] == [
+        ("kernel", "30"),
+        ("batch", "20"),
+        ("batch_reestimated", "40"),
+    ]
+    assert "accurate on this page: BatchNorm, re-estimated at batch size 2" in (
+        results.most_accurate([], rows)
+    )
+    labels = result_figures.by_batch_size(rows, "top1", "").axes[0].get_legend_handles_labels()[1]
+    assert labels == ["kernel normalization", "BatchNorm", "BatchNorm, re-estimated"]
 
 
 def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None:

@@ -27,11 +27,13 @@ from kn_zoo.evaluation.results import (
     top1,
     trained_here,
     values,
+    with_reestimated,
 )
 
 COLORS = {
     "kernel": "C0",
     "batch": "C2",
+    "batch_reestimated": "C8",
     "group": "C4",
     "layer": "C5",
     "local_context": "C6",
@@ -48,7 +50,7 @@ def plot() -> list[Path]:
         figures["private"] = private_curves(private)
     for dataset, group in by_dataset(checkpoints).items():
         figures[f"accuracy_{dataset}"] = accuracy(group)
-    if rows := read_table(SMALL_BATCH):
+    if rows := with_reestimated(read_table(SMALL_BATCH)):
         figures["small_batch"] = by_batch_size(rows, "top1", "Top-1 by batch size, equal epochs")
     if rows := read_table(CAMVID):
         title = "Mean IoU on CamVid by batch size, equal epochs"

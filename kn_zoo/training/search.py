@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import PartialState
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
 
 from kn_zoo.checkpoints import bundle
+from kn_zoo.evaluation.predict import eval_transform
 from kn_zoo.training.data import DataConfig, load_training, split_off, targets_of
 from kn_zoo.training.recipe import Recipe
 from kn_zoo.training.report import train_and_evaluate
@@ -21,6 +24,7 @@ LAST_LR = FIRST_LR / 2**10
 WORSE_RATES = 2  # consecutive rates worse than the best one that end the search
 LEARNED = 2.0  # accuracy, in multiples of chance, below which a rate has not learned
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+REESTIMATION_BATCH = 256  # images per batch when BatchNorm's statistics are re-estimated
 HELD_OUT = 0.1  # fraction of the training images held out, unless the recipe sets it
 
 
@@ -56,11 +60,31 @@ def accuracy(
 ) -> dict[str, Any]:
     """Return the accuracy of a run under "expected" statistics, for `run_grid`.
 
-    Also returns the mean training loss of its last epoch.
+    Also returns the mean training loss of its last epoch, and BatchNorm's `reestimated_top1`.
     """
     reached = train_and_evaluate(recipe, run_dir, data_config, run_config).statistics["expected"]
     loss = float(read_rows(run_dir / LOG)[-1]["loss"])
-    return {"top1": reached.top1, "top5": reached.top5, "loss": loss}
+    row = {"top1": reached.top1, "top5": reached.top5, "loss": loss}
+    if recipe.norm == "batch":
+        row["top1_reestimated"] = reestimated_top1(recipe, run_dir, data_config, run_config)
+    return row
+
+
+def reestimated_top1(
+    recipe: Recipe, run_dir: Path, data_config: DataConfig, run_config: RunConfig
+) -> float:
+    """Return top-1 of a complete run with BatchNorm's statistics re-estimated.
+
+    The running averages of training are noisy if batches are small. The statistics evaluated here
+    are averages over all training images, without augmentation.
+    """
+    trainer = Trainer(recipe, run_dir, data_config, run_config)
+    trainer.train()  # restores the last training state
+    images = load_training(recipe, data_config)
+    images.transform = eval_transform(trainer.network)
+    batches: Any = DataLoader(images, REESTIMATION_BATCH)
+    update_bn(batches, trainer.evaluated, trainer.accelerator.device)
+    return trainer.evaluate(trainer.test_set).top1
 
 
 def grid_settings(recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -558,6 +558,27 @@ def test_a_grid_has_one_row_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run(*command, "--epochs", "9") == 2, "another recipe is another run"
 
 
+def test_reestimated_statistics_do_not_depend_on_the_running_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "preactresnet20_cifar.b"
+    path = write_recipe(tmp_path / "recipe.yaml", name=name, model_args={"norm": "batch"})
+    recipe = Recipe.read(path).override(updates=20)
+    run_dir, configs = tmp_path / "run", (images.DataConfig(), training.RunConfig())
+    running = search.accuracy(recipe, run_dir, *configs)
+    train = training.Trainer.train
+
+    def spoil(self: training.Trainer) -> None:
+        train(self)
+        for buffer in self.network.buffers():
+            buffer.fill_(7)
+
+    monkeypatch.setattr(training.Trainer, "train", spoil)
+    reestimated = search.reestimated_top1(recipe, run_dir, *configs)
+    assert reestimated == running["top1_reestimated"]
+    assert reestimated > running["top1"], "20 updates leave the averages near their initial values"
+
+
 def test_a_table_may_gain_a_column(tmp_path: Path) -> None:
     training.write_csv(tmp_path / "table.csv", [{"seed": "0"}, {"seed": "1", "loss": 0.5}])
     assert (tmp_path / "table.csv").read_text() == "seed,loss\n0,\n1,0.5\n"
