@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 from accelerate import PartialState
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader
 
 from kn_zoo.checkpoints import bundle
-from kn_zoo.evaluation.predict import eval_transform
+from kn_zoo.training.batches import Shard, create_batches
 from kn_zoo.training.data import DataConfig, load_training, split_off, targets_of
 from kn_zoo.training.recipe import Recipe
 from kn_zoo.training.report import train_and_evaluate
@@ -76,14 +75,16 @@ def reestimated_top1(
     """Return top-1 of a complete run with BatchNorm's statistics re-estimated.
 
     The running averages of training are noisy if batches are small. The statistics evaluated here
-    are averages over all training images, without augmentation.
+    are averages over all training images, augmented as in training.
     """
     trainer = Trainer(recipe, run_dir, data_config, run_config)
     trainer.train()  # restores the last training state
-    images = load_training(recipe, data_config)
-    images.transform = eval_transform(trainer.network)
-    batches: Any = DataLoader(images, REESTIMATION_BATCH)
-    update_bn(batches, trainer.evaluated, trainer.accelerator.device)
+    images, device = load_training(recipe, data_config), trainer.accelerator.device
+    larger = replace(recipe, batch_size=min(REESTIMATION_BATCH, len(images)))
+    batches = create_batches(
+        larger, images, trainer.network, data_config, run_config.workers, device, Shard()
+    )
+    update_bn(batches.epoch(recipe.epochs - 1), trainer.evaluated, device)
     return trainer.evaluate(trainer.test_set).top1
 
 
