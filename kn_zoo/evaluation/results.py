@@ -455,7 +455,7 @@ def small_batch_section(
         f"search in factors of two, {rates[0]['epochs']} epochs for each rate, on "
         f"{int(rates[0]['images']):,} held-out training images "
         f"(`{SMALL_BATCH_RATES.relative_to(ROOT)}`). Re-estimated: after training, BatchNorm's "
-        "statistics are averaged anew over the augmented training images, 256 at a time "
+        "statistics are averaged anew over the augmented training images "
         "(`torch.optim.swa_utils.update_bn`); running averages are noisy at small batch sizes.",
         table("|".join(["batch", *(NORMS[norm] for norm in norms)]), cells),
         image("small_batch", "top-1 by batch size"),

@@ -14,7 +14,7 @@ from kn_zoo.checkpoints import bundle
 from kn_zoo.training.batches import Shard, create_batches
 from kn_zoo.training.data import DataConfig, load_training, split_off, targets_of
 from kn_zoo.training.recipe import Recipe
-from kn_zoo.training.report import train_and_evaluate
+from kn_zoo.training.report import mean_accuracy, train_and_evaluate
 from kn_zoo.training.resume import prepare_run_dir
 from kn_zoo.training.trainer import LOG, Diverged, RunConfig, Trainer, console, write_csv
 
@@ -85,7 +85,7 @@ def reestimated_top1(
         larger, images, trainer.network, data_config, run_config.workers, device, Shard()
     )
     update_bn(batches.epoch(recipe.epochs - 1), trainer.evaluated, device)
-    return trainer.evaluate(trainer.test_set).top1
+    return mean_accuracy([trainer.evaluate(trainer.test_set)]).top1
 
 
 def grid_settings(recipe: Recipe, seed: int) -> dict[str, Any]:
