@@ -37,6 +37,11 @@ NORMS = {
     "local_context": "LocalContextNorm",
     "none": "no normalization",
 }
+REESTIMATED = (
+    "Re-estimated: after training, BatchNorm's statistics are averaged anew over the augmented "
+    "training images (`torch.optim.swa_utils.update_bn`), because running averages are noisy at "
+    "small batch sizes."
+)
 ACTIVATIONS = {"mish": "Mish", "prelu": "PReLU"}
 STATISTICS = ("expected", "plain", "sampled")
 
@@ -454,9 +459,8 @@ def small_batch_section(
         "percent on the test images, mean (SD) over the seeds. Each learning rate is the best of a "
         f"search in factors of two, {rates[0]['epochs']} epochs for each rate, on "
         f"{int(rates[0]['images']):,} held-out training images "
-        f"(`{SMALL_BATCH_RATES.relative_to(ROOT)}`). Re-estimated: after training, BatchNorm's "
-        "statistics are averaged anew over the augmented training images "
-        "(`torch.optim.swa_utils.update_bn`); running averages are noisy at small batch sizes.",
+        f"(`{SMALL_BATCH_RATES.relative_to(ROOT)}`).",
+        *([REESTIMATED] if "batch_reestimated" in norms else []),
         table("|".join(["batch", *(NORMS[norm] for norm in norms)]), cells),
         image("small_batch", "top-1 by batch size"),
         effect_of_batch_size(rows, "top1", "top-1"),

@@ -80,7 +80,8 @@ def reestimated_top1(
     trainer = Trainer(recipe, run_dir, data_config, run_config)
     trainer.train()  # restores the last training state
     images, device = load_training(recipe, data_config), trainer.accelerator.device
-    larger = replace(recipe, batch_size=min(REESTIMATION_BATCH, len(images)))
+    epoch = len(trainer.batches) * recipe.batch_size  # images, also of a stream
+    larger = replace(recipe, batch_size=min(REESTIMATION_BATCH, epoch))
     batches = create_batches(
         larger, images, trainer.network, data_config, run_config.workers, device, Shard()
     )
