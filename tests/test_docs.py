@@ -105,7 +105,7 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
 
 
 def test_batchnorm_is_compared_with_its_statistics_re_estimated_too() -> None:
-    scores = [("kernel", "30", ""), ("batch", "20", "40")]
+    scores = [("kernel", "30", ""), ("batch", "20", "40"), ("group", "25", "")]
     runs = [
         {"norm": norm, "batch_size": size, "top1": top1, "top1_reestimated": reestimated}
         | {"seed": "0", "epochs": "8"}
@@ -113,19 +113,19 @@ def test_batchnorm_is_compared_with_its_statistics_re_estimated_too() -> None:
         for norm, top1, reestimated in scores
     ]
     rows = results.with_reestimated(runs)
-    assert rows[: len(runs)] == runs
-    added = [(row["norm"], row["batch_size"], row["top1"]) for row in rows[len(runs) :]]
-    assert added == [("batch_reestimated", "2", "40"), ("batch_reestimated", "8", "40")]
+    assert [row for row in rows if row["norm"] != "batch_reestimated"] == runs
+    added = [(row["batch_size"], row["top1"]) for row in rows if row not in runs]
+    assert added == [("2", "40"), ("8", "40")]
     answer = results.most_accurate([], rows)
     assert "on this page: BatchNorm, re-estimated at batch size 2 and 8." in answer
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
     rates = [{"epochs": "2", "images": "5000"}]
     section = results.small_batch_section(rows, rates, RECIPE, machine)
-    assert "| 2 | 30.0 | 20.0 | 40.0 |" in "\n".join(section)
+    assert "| 2 | 30.0 | 20.0 | 40.0 | 25.0 |" in "\n".join(section)
     assert results.REESTIMATED in section
     assert results.REESTIMATED not in results.small_batch_section(runs, rates, RECIPE, machine)
     labels = result_figures.by_batch_size(rows, "top1", "").axes[0].get_legend_handles_labels()[1]
-    assert labels == ["kernel normalization", "BatchNorm", "BatchNorm, re-estimated"]
+    assert labels == ["kernel normalization", "BatchNorm", "BatchNorm, re-estimated", "GroupNorm"]
 
 
 def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None:

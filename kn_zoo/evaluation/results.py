@@ -472,13 +472,13 @@ def small_batch_section(
 
 
 def with_reestimated(rows: Sequence[Row]) -> list[Row]:
-    """Add each BatchNorm run once more, with its accuracy after its statistics are re-estimated."""
-    again = [
-        {**row, "norm": "batch_reestimated", "top1": row["top1_reestimated"]}
-        for row in rows
-        if row.get("top1_reestimated")
-    ]
-    return [*rows, *again]
+    """Repeat each BatchNorm run after itself, with its accuracy under re-estimated statistics."""
+    result: list[Row] = []
+    for row in rows:
+        result.append(row)
+        if reestimated := row.get("top1_reestimated"):
+            result.append({**row, "norm": "batch_reestimated", "top1": reestimated})
+    return result
 
 
 def camvid_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
