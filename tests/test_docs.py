@@ -117,7 +117,7 @@ def test_batchnorm_is_compared_with_its_statistics_re_estimated_too() -> None:
     added = [(row["batch_size"], row["top1"]) for row in rows if row not in runs]
     assert added == [("2", "40"), ("8", "40")]
     answer = results.most_accurate([], rows)
-    assert "on this page: BatchNorm, re-estimated at batch size 2 and 8." in answer
+    assert "on this page: BatchNorm at batch size 2 and 8." in answer
     machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
     rates = [{"epochs": "2", "images": "5000"}]
     section = results.small_batch_section(rows, rates, RECIPE, machine)

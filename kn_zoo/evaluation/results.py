@@ -131,7 +131,7 @@ def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row])
     norms = in_order(rows, "norm")
     for size in {int(row["batch_size"]) for row in rows}:
         winner = max(norms, key=lambda norm: mean_of(rows, norm, size, "top1"))
-        winners.setdefault(winner, set()).add(size)
+        winners.setdefault(winner.removesuffix("_reestimated"), set()).add(size)
     phrases = [
         f"{NORMS[norm]} at batch size {listed(map(str, sorted(winners[norm])))}"
         for norm in NORMS
