@@ -398,19 +398,22 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
     """Accuracy on held-out images of changed networks, the most accurate first."""
     if not rows:
         return []
-    recipe = Recipe.read(ROOT / GAP_RECIPE, rows[0]["recipe"])
     runs = {name: [r for r in rows if r["recipe"] == name] for name in in_order(rows, "recipe")}
+    recipes = {name: Recipe.read(ROOT / GAP_RECIPE, name) for name in runs}
     scores = {name: [float(row["top1"]) for row in group] for name, group in runs.items()}
     names = sorted(scores, key=lambda name: -mean(scores[name]))
     cells = [
         [
             NORMS[runs[name][0]["norm"]],
-            changes(Recipe.read(ROOT / GAP_RECIPE, name).model_args) or "none",
+            changes(recipes[name].model_args) or "none",
+            f"{recipes[name].optimizer['lr']:g}",
+            f"{recipes[name].optimizer['weight_decay']:g}",
             mean_and_sd(scores[name]),
             f"{mean(float(row['loss']) for row in runs[name]):.3f}",
         ]
         for name in names
     ]
+    recipe = recipes[names[0]]
     side = recipe.preprocessing["input_size"][-1]
     return [
         "## Changes to the small network",
@@ -419,7 +422,7 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
         f"{recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
         f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}` and mean training "
         "loss of the last epoch; one seed each, unless an SD follows. Test images are not used.",
-        table("norm|changes|top-1 %|loss", cells),
+        table("norm|changes|rate|weight decay|top-1 %|loss", cells),
         f"Measured on: {machine(recorded)}. Recipe: `{GAP_RECIPE}`.",
     ]
 
@@ -429,6 +432,7 @@ def changes(args: Mapping[str, Any]) -> str:
     phrases = ["standardized filters"] if args.get("weight_standardization") else []
     phrases += ["ordinary convolution as stem"] if not args.get("stem_norm", True) else []
     phrases += [f"{ACTIVATIONS[args['act_layer']]} for ReLU"] if "act_layer" in args else []
+    phrases += [f"{'-'.join(map(str, args['widths']))} channels"] if "widths" in args else []
     return ", ".join(phrases)
 
 
