@@ -128,6 +128,21 @@ def test_batchnorm_is_compared_with_its_statistics_re_estimated_too() -> None:
     assert labels == ["kernel normalization", "BatchNorm", "BatchNorm, re-estimated", "GroupNorm"]
 
 
+def test_the_page_says_where_no_norm_is_needed() -> None:
+    runs = [("kernel", "2", "30"), ("none", "2", "31"), ("kernel", "8", "30"), ("none", "8", "29")]
+    rows = [
+        {"norm": norm, "batch_size": size, "top1": top1, "seed": "0", "epochs": "8"}
+        for norm, size, top1 in runs
+    ]
+    machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
+    rates = [{"epochs": "2", "images": "5000"}]
+    text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
+    assert "At batch size 2, no normalization is the most accurate: 8 layers" in text
+    rows[1]["top1"] = "29"
+    text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
+    assert "the most accurate" not in text
+
+
 def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None:
     runs = [("kernel", 8, 40.0), ("batch", 8, 45.0), ("kernel", 2, 42.0), ("batch", 2, 30.25)]
     rows = [

@@ -42,6 +42,10 @@ REESTIMATED = (
     "training images (`torch.optim.swa_utils.update_bn`), because running averages are noisy at "
     "small batch sizes."
 )
+WITHOUT_NORM = (
+    "At batch size {sizes}, no normalization is the most accurate: {depth} layers train without "
+    "it. There, the table shows how much accuracy each norm loses, not that a norm is needed."
+)
 ACTIVATIONS = {"mish": "Mish", "prelu": "PReLU"}
 STATISTICS = ("expected", "plain", "sampled")
 
@@ -128,16 +132,20 @@ def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row])
     for group in compared:
         best = max(group, key=top1)
         winners.setdefault(best.norm, set()).add(int(settings(best)["batch_size"]))
-    norms = in_order(rows, "norm")
     for size in {int(row["batch_size"]) for row in rows}:
-        winner = max(norms, key=lambda norm: mean_of(rows, norm, size, "top1"))
-        winners.setdefault(winner.removesuffix("_reestimated"), set()).add(size)
+        winner = most_accurate_at(rows, size).removesuffix("_reestimated")
+        winners.setdefault(winner, set()).add(size)
     phrases = [
         f"{NORMS[norm]} at batch size {listed(map(str, sorted(winners[norm])))}"
         for norm in NORMS
         if norm in winners
     ]
     return f"In classification, the most accurate on this page: {'; '.join(phrases)}."
+
+
+def most_accurate_at(rows: Sequence[Row], size: int) -> str:
+    """The norm with the largest mean top-1 at a batch size."""
+    return max(in_order(rows, "norm"), key=lambda norm: mean_of(rows, norm, size, "top1"))
 
 
 def difference(group: Sequence[Checkpoint]) -> str:
@@ -454,6 +462,8 @@ def small_batch_section(
         for size in sizes
     ]
     seeds, epochs = in_order(rows, "seed"), rows[0]["epochs"]
+    winners = [most_accurate_at(rows, size) for size in sizes]
+    unneeded = [str(size) for size, norm in zip(sizes, winners, strict=True) if norm == "none"]
     depth = 2 + 2 * sum(recipe["model_args"]["depths"])
     _, height, width = recipe["preprocessing"]["input_size"]
     return [
@@ -471,6 +481,7 @@ def small_batch_section(
         f"In equal epochs, batch size {sizes[0]} makes {sizes[-1] // sizes[0]} times as many "
         f"updates as batch size {sizes[-1]}. The table therefore compares norms within a row, in a "
         "short training; it does not compare networks trained to convergence, or at another scale.",
+        *([WITHOUT_NORM.format(sizes=listed(unneeded), depth=depth)] if unneeded else []),
         f"Measured on: {machine(recorded)}. Recipe: `{SMALL_BATCH_RECIPE}`.",
     ]
 
