@@ -30,6 +30,8 @@ RECIPE = {
     "train_split": "train",
     "preprocessing": {"input_size": [3, 16, 16]},
 }
+RATES = [{"epochs": "2", "images": "5000"}]  # of the search
+MACHINE = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -85,9 +87,7 @@ def test_runs_are_averaged_by_norm_and_batch_size() -> None:
         for seed in (0, 1)
         for norm, size, top1 in runs
     ]
-    machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    rates = [{"epochs": "2", "images": "5000"}]
-    text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
+    text = "\n".join(results.small_batch_section(rows, RATES, RECIPE, MACHINE))
     assert "| 2 | 30.5 (0.7) | 10.5 (0.7) |" in text
     assert "| 256 | 20.5 (0.7) | 21.0 (0.7) |" in text
     assert "at 16x16, 8 epochs" in text and "2 epochs for each rate, on 5,000 held-out" in text
@@ -118,12 +118,10 @@ def test_batchnorm_is_compared_with_its_statistics_re_estimated_too() -> None:
     assert added == [("2", "40"), ("8", "40")]
     answer = results.most_accurate([], rows)
     assert "on this page: BatchNorm at batch size 2 and 8." in answer
-    machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    rates = [{"epochs": "2", "images": "5000"}]
-    section = results.small_batch_section(rows, rates, RECIPE, machine)
+    section = results.small_batch_section(rows, RATES, RECIPE, MACHINE)
     assert "| 2 | 30.0 | 20.0 | 40.0 | 25.0 |" in "\n".join(section)
     assert results.REESTIMATED in section
-    assert results.REESTIMATED not in results.small_batch_section(runs, rates, RECIPE, machine)
+    assert results.REESTIMATED not in results.small_batch_section(runs, RATES, RECIPE, MACHINE)
     labels = result_figures.by_batch_size(rows, "top1", "").axes[0].get_legend_handles_labels()[1]
     assert labels == ["kernel normalization", "BatchNorm", "BatchNorm, re-estimated", "GroupNorm"]
 
@@ -134,12 +132,10 @@ def test_the_page_says_where_no_norm_is_needed() -> None:
         {"norm": norm, "batch_size": size, "top1": top1, "seed": "0", "epochs": "8"}
         for norm, size, top1 in runs
     ]
-    machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    rates = [{"epochs": "2", "images": "5000"}]
-    text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
+    text = "\n".join(results.small_batch_section(rows, RATES, RECIPE, MACHINE))
     assert "At batch size 2, no normalization is the most accurate: 8 layers" in text
     rows[1]["top1"] = "29"
-    text = "\n".join(results.small_batch_section(rows, rates, RECIPE, machine))
+    text = "\n".join(results.small_batch_section(rows, RATES, RECIPE, MACHINE))
     assert "the most accurate" not in text
 
 
@@ -149,8 +145,7 @@ def test_segmentation_runs_are_compared_within_and_between_batch_sizes() -> None
         {"norm": norm, "batch_size": str(size), "miou": str(miou), "seed": "0", "epochs": "60"}
         for norm, size, miou in runs
     ]
-    machine = dict.fromkeys(["cpu", "cores", "torch", "timm", "python", "kn_zoo"], "x")
-    text = "\n".join(results.camvid_section(rows, machine))
+    text = "\n".join(results.camvid_section(rows, MACHINE))
     assert "| 2 | 42.0 | 30.2 |" in text and "| 8 | 40.0 | 45.0 |" in text
     assert "+2.0 (kernel normalization) and -14.8 (BatchNorm) points" in text
     assert "+11.8 (BatchNorm) at batch size 2; -5.0 (BatchNorm) at batch size 8." in text
