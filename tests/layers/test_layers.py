@@ -204,6 +204,19 @@ def test_drawn_sums_have_the_moments_of_a_mask(p: Any, mean: Any) -> None:
             assert ((cov - exact_cov[:, 0, w]).abs() <= 0.05 * scale).all(), dropout
 
 
+@pytest.mark.parametrize("p", [0.05, 0.25])
+def test_a_drawn_variance_stays_near_its_expectation(p: Any) -> None:
+    """In small units with one large number, a normal distribution reaches below 0."""
+    torch.manual_seed(0)
+    x = 0.1 * torch.randn(1, 16, 1000, 1000)
+    x[:, 0] += 1.0
+    _, var = functional.channel_moments(x, p, "gaussian")
+    mean, square = x.double().mean(1), x.double().square().mean(1)
+    expected = functional.expected_factor(16, p) * square - mean * mean
+    assert ((var[:, 0] / expected) >= 0.25 * (1 - 1e-5)).all()
+    assert float((var[:, 0] / expected).mean()) == pytest.approx(1.0, abs=0.02)
+
+
 def test_drawn_sums_need_many_channels() -> None:
     """Of few channels the sums are not nearly normal: they are dropped, not drawn."""
     torch.manual_seed(0)

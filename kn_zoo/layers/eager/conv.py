@@ -18,6 +18,7 @@ from kn_zoo.layers.functional import (
     box_mean,
     expected_factor,
     symmetric_padding,
+    unit_size,
     unit_statistics,
     upcast,
 )
@@ -221,7 +222,7 @@ def _unit_statistics_backward(
     if grad_mu is not None:
         to_mu += grad_mu
     if expected_p > 0.0:
-        grad_spread *= expected_factor(channels, window, expected_p)
+        grad_spread *= expected_factor(unit_size(channels, window), expected_p)
     boxes = torch.cat([to_mu, grad_spread], 1)  # (N, 2, H', W')
     pixels = _box_mean_adjoint(boxes, size, window)
     return pixels[:, :1], pixels[:, 1:]
