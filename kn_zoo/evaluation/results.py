@@ -46,11 +46,6 @@ WITHOUT_NORM = (
     "At batch size {sizes}, no normalization is the most accurate: {depth} layers train without "
     "it. There, the table shows how much accuracy each norm loses, not that a norm is needed."
 )
-BEFORE_BOUND = (  # to be removed with the next measurement
-    "The column of kernel normalization may be too low: it was measured before the variance that "
-    "Gaussian dropout draws got a lower bound. The recipe's comments have the one run repeated "
-    "since."
-)
 ACTIVATIONS = {"mish": "Mish", "prelu": "PReLU"}
 STATISTICS = ("expected", "plain", "sampled")
 
@@ -481,7 +476,6 @@ def small_batch_section(
         f"(`{SMALL_BATCH_RATES.relative_to(ROOT)}`).",
         *([REESTIMATED] if "batch_reestimated" in norms else []),
         table("|".join(["batch", *(NORMS[norm] for norm in norms)]), cells),
-        BEFORE_BOUND,
         image("small_batch", "top-1 by batch size"),
         effect_of_batch_size(rows, "top1", "top-1"),
         f"In equal epochs, batch size {sizes[0]} makes {sizes[-1] // sizes[0]} times as many "
