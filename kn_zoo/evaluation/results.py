@@ -421,15 +421,23 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
         ]
         for name in names
     ]
+    narrow = [name for name in names if "widths" not in recipes[name].model_args]
+    norms = in_order([runs[name][0] for name in narrow], "norm")
+    best = [
+        f"{NORMS[norm]} {max(mean(scores[n]) for n in narrow if runs[n][0]['norm'] == norm):.1f} %"
+        for norm in norms
+    ]
     recipe = recipes[names[0]]
     side = recipe.preprocessing["input_size"][-1]
     return [
         "## Changes to the small network",
-        "BatchNorm normalizes each channel, kernel normalization all channels of a window "
-        f"together. `{recipe.architecture.removeprefix('kn')}` with changes: "
+        "BatchNorm normalizes each channel over the batch; LayerNorm all channels of an image "
+        "together, GroupNorm groups of them, and kernel normalization all channels of a window. "
+        f"`{recipe.architecture.removeprefix('kn')}` with changes: "
         f"{recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
         f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}` and mean training "
         "loss of the last epoch; one seed each, unless an SD follows. Test images are not used.",
+        f"The most accurate of each norm with the network's own channels: {listed(best)}.",
         table("norm|changes|rate|weight decay|top-1 %|loss", cells),
         f"Measured on: {machine(recorded)}. Recipe: `{GAP_RECIPE}`.",
     ]
