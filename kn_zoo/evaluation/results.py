@@ -422,11 +422,10 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
         for name in names
     ]
     narrow = [name for name in names if "widths" not in recipes[name].model_args]
-    norms = in_order([runs[name][0] for name in narrow], "norm")
-    best = [
-        f"{NORMS[norm]} {max(mean(scores[n]) for n in narrow if runs[n][0]['norm'] == norm):.1f} %"
-        for norm in norms
-    ]
+    best = []
+    for norm in in_order([runs[name][0] for name in narrow], "norm"):
+        tried = [mean(scores[name]) for name in narrow if runs[name][0]["norm"] == norm]
+        best.append(f"{NORMS[norm]} {max(tried):.1f} % ({len(tried)} tried)")
     recipe = recipes[names[0]]
     side = recipe.preprocessing["input_size"][-1]
     return [
@@ -437,7 +436,7 @@ def gap_section(rows: Sequence[Row], recorded: Mapping[str, str]) -> list[str]:
         f"{recipe.epochs} epochs on {recipe.dataset} `{recipe.train_split}` at "
         f"{side}x{side} pixels, top-1 in percent on `{recipe.eval_split}` and mean training "
         "loss of the last epoch; one seed each, unless an SD follows. Test images are not used.",
-        f"The most accurate of each norm with the network's own channels: {listed(best)}.",
+        f"The most accurate row of each norm with the network's own channels: {listed(best)}.",
         table("norm|changes|rate|weight decay|top-1 %|loss", cells),
         f"Measured on: {machine(recorded)}. Recipe: `{GAP_RECIPE}`.",
     ]
