@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kn_zoo.checkpoints import manifest
-from kn_zoo.checkpoints.manifest import Privacy
+from kn_zoo.checkpoints.manifest import Accuracy, Checkpoint, Privacy, Run
 from kn_zoo.evaluation import measurements, result_figures, results
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +163,27 @@ def test_private_checkpoints_are_compared_at_one_epsilon() -> None:
     assert compared == [checkpoints[2], checkpoints[1]]
     assert "epsilon 8.00: top-1" in results.difference(compared)
     assert results.private_table(checkpoints).count("| 0.691 |") == 3
+
+
+def test_means_over_seeds_are_compared() -> None:
+    kernel = with_runs(manifest.find("knpreactresnet20_cifar.cifar100"), 60.0, 61.0, 62.0)
+    batch = with_runs(manifest.find("preactresnet20_cifar.cifar100_bn"), 60.5)
+    text = results.difference([kernel, batch])
+    assert "top-1 61.00 %, SD 1.00, 3 runs; 0.50 points above BatchNorm (60.50 %, one run)" in text
+    assert results.most_accurate([[kernel, batch]], []).endswith(
+        "kernel normalization at batch size 128."
+    )
+
+
+def with_runs(checkpoint: Checkpoint, *top1: float) -> Checkpoint:
+    """The checkpoint with the accuracy of these seeds; the first is the stored one."""
+    accuracies = [{"expected": Accuracy(top1=value, top5=90.0)} for value in top1]
+    return replace(
+        checkpoint,
+        reported=replace(checkpoint.reported, statistics=accuracies[0]),
+        seeds=tuple(range(len(top1))),
+        runs=tuple(Run(seed, accuracy) for seed, accuracy in enumerate(accuracies)),
+    )
 
 
 def guarantee(epsilon: float) -> Privacy:

@@ -60,17 +60,19 @@ def plot() -> list[Path]:
 
 def accuracy(group: Sequence[Checkpoint]) -> Figure:
     """Draw accuracy against training time and FLOPs: a marker for each recipe and shape."""
-    figure, (left, right) = panels(2, f"Top-1 on {group[0].dataset.name}, one point a checkpoint")
+    figure, (left, right) = panels(2, f"Top-1 on {group[0].dataset.name}, mean and SD of the seeds")
     compared = [shape for recipe in by_recipe(group).values() for shape in by_shape(recipe)]
     for marker, checkpoints in zip(cycle("osD^vP"), compared):
         for checkpoint in checkpoints:
-            style = dict(color=COLORS[checkpoint.norm], fmt=marker, markersize=7, capsize=3)
+            style = dict(
+                color=COLORS[checkpoint.norm], fmt=marker, markersize=7, capsize=3, alpha=0.7
+            )
             value, error = checkpoint.mean_and_sd() or (top1(checkpoint), None)
             right.errorbar(checkpoint.flops / 1e9, value, error, label=checkpoint.name, **style)
             if (hours := core_hours(checkpoint)) is not None:
                 left.errorbar(hours, value, error, **style)
     values = [top1(checkpoint) for checkpoint in group]
-    limits = (min(values) - 5, max(values) + 5)
+    limits = (min(values) - 2, max(values) + 2)
     left.set(xlabel="core-hours of training", ylabel="top-1 %", xlim=(0, None), ylim=limits)
     right.set(xlabel="GFLOPs of one image", ylabel="top-1 %", xlim=(0, None), ylim=limits)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)

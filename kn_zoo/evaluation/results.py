@@ -130,7 +130,7 @@ def most_accurate(compared: Iterable[Sequence[Checkpoint]], rows: Sequence[Row])
     """Name the most accurate norm at each batch size, over all comparisons."""
     winners: dict[str, set[int]] = {}
     for group in compared:
-        best = max(group, key=top1)
+        best = max(group, key=mean_top1)
         winners.setdefault(best.norm, set()).add(int(settings(best)["batch_size"]))
     for size in {int(row["batch_size"]) for row in rows}:
         winner = most_accurate_at(rows, size).removesuffix("_reestimated")
@@ -154,21 +154,35 @@ def difference(group: Sequence[Checkpoint]) -> str:
     recipe = settings(kernel)
     phrases = []
     for baseline in baselines:
-        points = top1(kernel) - top1(baseline)
-        about = "; ".join(filter(None, [f"{top1(baseline):.2f}", changes(baseline.model_args)]))
+        points = mean_top1(kernel) - mean_top1(baseline)
+        details = [mean_and_spread(baseline), changes(baseline.model_args)]
+        about = "; ".join(filter(None, details))
         side = "below" if points < 0 else "above"
         phrases.append(f"{abs(points):.2f} points {side} {NORMS[baseline.norm]} ({about})")
     changed = f" ({words})" if (words := changes(kernel.model_args)) else ""
     epsilon = f", epsilon {kernel.privacy.epsilon:.2f}" if kernel.privacy else ""
     return (
         f"- `{kernel.name}`{changed}, {recipe['epochs']} epochs at batch size "
-        f"{recipe['batch_size']}{epsilon}: top-1 {top1(kernel):.2f} %, {listed(phrases)}."
+        f"{recipe['batch_size']}{epsilon}: top-1 {mean_and_spread(kernel)}; {listed(phrases)}."
     )
 
 
 def top1(checkpoint: Checkpoint) -> float:
     """Top-1 in percent under the default inference statistics."""
     return checkpoint.reported.statistics["expected"].top1
+
+
+def mean_top1(checkpoint: Checkpoint) -> float:
+    """The mean of `top1` over the seeds, the stored one among them."""
+    several = checkpoint.mean_and_sd()
+    return several[0] if several else top1(checkpoint)
+
+
+def mean_and_spread(checkpoint: Checkpoint) -> str:
+    """Mean top-1, its SD and the number of runs, in words."""
+    several = checkpoint.mean_and_sd()
+    spread = f"SD {several[1]:.2f}, {len(checkpoint.runs)} runs" if several else "one run"
+    return f"{mean_top1(checkpoint):.2f} %, {spread}"
 
 
 def listed(words: Iterable[str]) -> str:
