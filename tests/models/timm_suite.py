@@ -55,7 +55,9 @@ def fetch(version: str) -> Path:
         with tarfile.open(archive) as tar:
             # Do not extract timm itself: it would shadow the installed package.
             wanted = [m for m in tar if m.name.split("/")[1] in ("tests", "pyproject.toml")]
-            tar.extractall(scratch, wanted, filter="data")
+            # Python before 3.10.12 and 3.11.4 has no filters.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(scratch, wanted)
         (Path(scratch) / f"timm-{version}").rename(folder)
     return folder
 
